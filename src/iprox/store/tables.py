@@ -1,0 +1,59 @@
+"""Parquet tables: written with the same bytes each time, read with a clear error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from iprox.errors import ArtifactError
+
+_KEY = b"iprox"
+
+
+def write_table(
+    path: Path, table: pd.DataFrame | pa.Table, metadata: dict[str, Any] | None = None
+) -> None:
+    """Write a table as Parquet (zstd), with ``metadata`` in the file's own key-value metadata.
+
+    Args:
+        path: File to write; its folder must exist.
+        table: A data frame (its index is not written) or an Arrow table.
+        metadata: JSON-able settings the table was made with.
+    """
+    arrow = table if isinstance(table, pa.Table) else pa.Table.from_pandas(table, preserve_index=False)
+    plain = {k: v for k, v in (arrow.schema.metadata or {}).items() if k != b"pandas"}
+    if metadata is not None:
+        plain[_KEY] = json.dumps(metadata, sort_keys=True, allow_nan=False).encode()
+    pq.write_table(arrow.replace_schema_metadata(plain), path, compression="zstd")
+
+
+def read_arrow(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read a Parquet file as an Arrow table.
+
+    Raises:
+        ArtifactError: The file is missing, is not Parquet, or lacks a column.
+    """
+    try:
+        return pq.read_table(path, columns=columns)
+    except (OSError, pa.ArrowInvalid, KeyError) as error:
+        raise ArtifactError("a table cannot be read", where=path, value=str(error)) from None
+
+
+def read_table(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """Read a Parquet file as a data frame.
+
+    Raises:
+        ArtifactError: The file is missing, is not Parquet, or lacks a column.
+    """
+    return read_arrow(path, columns).to_pandas()
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Settings stored by :func:`write_table`; empty when there are none."""
+    raw = (pq.read_schema(path).metadata or {}).get(_KEY, b"{}")
+    return dict(json.loads(raw))

@@ -1,0 +1,377 @@
+"""Every key of a study file: its type, range, default and meaning, once.
+
+The JSON schema under ``workflow/schemas`` and the table in ``config/README.md`` are generated
+from these classes (``iprox schema``), and a test fails when they drift. A stage receives its
+own section as one of these objects, so a stage never looks up a key by name.
+
+Keys that change results are part of a stage's identity (see ``iprox.plan``). Keys that do
+not (threads, devices, shard sizes) are not here but in the workflow's profiles, except
+``data_dir``, ``shard_size`` and ``report``, which the plan keeps out of every identity.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Size = Annotated[int | float, Field(gt=0)]
+"""A number of examples: an integer counts them, a float up to 1.0 is a share of the pool."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values cannot be changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class Hub(Section):
+    """A data set on the Hugging Face hub."""
+
+    name: str = Field(description="Data set name, for example databricks/databricks-dolly-15k.")
+    config: str | None = Field(None, description="Configuration of the data set.")
+    split: str = Field("train", description="Split to read.")
+    revision: str | None = Field(None, description="Commit or tag; pin it to make reruns exact.")
+
+
+class Package(Section):
+    """A file inside a pinned source package of the Python package index."""
+
+    requirement: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!]+$",
+        description="Pinned package, for example llamafactory==0.9.5.",
+    )
+    member: str = Field(description="Path of the file inside the source archive.")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Digest of that file.")
+
+
+class TargetSection(Section):
+    """The language model that is fine-tuned in the end."""
+
+    model: str = Field(
+        "smollm2-135m",
+        description="smollm2-135m or gemma3-270m (from pinned packages), a hub name, or a folder "
+        "relative to data_dir.",
+    )
+    revision: str | None = Field(None, description="Hub commit or tag.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Precision of the weights in every pass that measures influence."
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="Attention kernel of first-order passes."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Off unless you read it."
+    )
+
+
+class PoolSection(Section):
+    """The candidate examples to choose from: one of name, path, hub or package."""
+
+    name: str | None = Field(None, description="A pool this project knows: alpaca-demo or dolly.")
+    path: str | None = Field(
+        None, description="A JSONL, JSON, CSV or Parquet file, or a folder of them, below data_dir."
+    )
+    hub: Hub | None = Field(None, description="A data set on the Hugging Face hub.")
+    package: Package | None = Field(None, description="A file inside a pinned source package.")
+    format: Literal["auto", "alpaca", "dolly", "messages", "sharegpt", "prompt_response"] = Field(
+        "auto", description="Shape of a record; auto detects it and says what it found."
+    )
+    limit: int | None = Field(
+        None, gt=0, description="Keep a seeded random sample of this many examples; all when absent."
+    )
+    max_chars: int | None = Field(
+        None, gt=0, description="Leave out longer examples (all turns together); counted."
+    )
+    on_duplicate: Literal["error", "drop"] = Field(
+        "error", description="What to do when two rows carry the same id: stop, or keep the first."
+    )
+    on_empty: Literal["drop", "error"] = Field(
+        "drop", description="What to do with examples whose response is empty; drops are counted."
+    )
+    seed: int = Field(0, description="Seed of the sample drawn when limit is set.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PoolSection:
+        given = [k for k in ("name", "path", "hub", "package") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of name, path, hub, package; got {given or 'none'}")
+        return self
+
+
+class TaskSection(Section):
+    """A benchmark: its development examples are the queries that influence is measured on."""
+
+    name: Name = Field(description="The task's name in tables and file names.")
+    kind: Literal["mmlu", "bbh", "tydiqa", "messages"] = Field(
+        description="How records become queries and test items."
+    )
+    path: str | None = Field(
+        None,
+        description="File of development examples below data_dir; absent for mmlu and bbh, whose "
+        "development examples come with the lm-eval package.",
+    )
+    prompts: str | None = Field(None, description="bbh only: JSON file of 3-shot prompts by task.")
+    test: str | None = Field(
+        None, description="File of test items below data_dir; absent: held-out development examples."
+    )
+    queries: int | None = Field(
+        None, gt=0, description="Use this many queries (seeded, spread over subtasks); all if absent."
+    )
+    heldout: int = Field(
+        0, ge=0, description="Development examples held out of the queries to measure loss on."
+    )
+    test_limit: int | None = Field(
+        None, gt=0, description="Use this many test items (seeded, spread over subtasks)."
+    )
+    shots: int | None = Field(
+        None, ge=0, description="Worked examples in each query's prompt; the task's standard if absent."
+    )
+    seed: int = Field(0, description="Seed of all draws of this task.")
+
+
+class ChatSection(Section):
+    """How messages become tokens."""
+
+    template: Literal["tokenizer", "tulu"] = Field(
+        "tokenizer", description="The tokenizer's own chat template, or the Tulu tags LESS uses."
+    )
+    max_length: int = Field(
+        2048, ge=8, description="Tokens per example; longer ones are cut from the right and counted."
+    )
+
+
+class SplitSection(Section):
+    """Which pool examples each stage sees. Integers count examples, floats are shares."""
+
+    warmup: Size = Field(0.05, description="Examples the warm-up trains on.")
+    probe: Size = Field(64, description="Examples whose tokens probe the layers.")
+    align: Size = Field(128, description="Examples of the alignment, disjoint from the probe's.")
+    fidelity: Size = Field(256, description="Slice of the pool on which proxy and target are compared.")
+    seed: int = Field(0, description="Seed of all splits; each split is an independent draw.")
+
+
+class WarmupSection(Section):
+    """Short fine-tuning that yields the checkpoint influence is measured at (METHODS B.2)."""
+
+    epochs: float = Field(1.0, ge=0, description="Passes over the warm-up examples; 0 skips training.")
+    lr: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(1e-2, ge=0, description="Weight decay.")
+    batch: int = Field(32, gt=0, description="Sequences per optimizer step.")
+    lr_warmup: float = Field(0.03, ge=0, lt=1, description="Share of steps with rising learning rate.")
+    freeze_embed_head: bool = Field(True, description="Keep token embedding and head fixed.")
+    seed: int = Field(0, description="Seed of the order of examples.")
+
+
+class ProbeSection(Section):
+    """Token positions at which layer inputs and output gradients are recorded (METHODS B.3)."""
+
+    tokens: int | Literal["rank"] = Field(
+        2048,
+        description="Token positions N; 'rank' is the paper's rule: the largest rank rounded up to "
+        "128, between 512 and 2048.",
+    )
+    positions: Literal["all", "supervised"] = Field(
+        "all", description="Draw from all positions that feed a prediction, or supervised ones only."
+    )
+    labels: Literal["response", "all"] = Field(
+        "response", description="Loss over response tokens, or over all tokens (reference code)."
+    )
+    seed: int = Field(0, description="Seed of the positions drawn inside each stratum.")
+
+
+class LayersSection(Section):
+    """Which linear layers are replaced and scored."""
+
+    include: list[str] = Field(
+        default=["*"], min_length=1, description="Patterns (shell style) of layer names to take."
+    )
+    exclude: list[str] = Field(default=[], description="Patterns of layer names to leave dense.")
+
+
+class ProxySection(Section):
+    """The model that scores in the target's place (METHODS B.4, B.5)."""
+
+    kind: Literal["target", "ipsvd", "svd"] = Field(
+        "ipsvd", description="The target itself, influence-preserving SVD, or plain truncated SVD."
+    )
+    sparsity: float = Field(
+        0.5, gt=0, lt=1, description="Share of each replaced layer's parameters removed."
+    )
+    rank_multiple: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="Ranks are rounded up to a multiple of this; auto: 128, 32, 8 or 1 by layer size.",
+    )
+    rank_rounding: Literal["ceil", "round_ceil"] = Field(
+        "ceil", description="round_ceil rounds to an integer first, as the reference code does."
+    )
+    dense_rule: Literal["parameters", "min_dim"] = Field(
+        "parameters",
+        description="Keep a layer dense when factors would not save parameters, or (reference code) "
+        "only when the rank reaches min(out, in).",
+    )
+    mode: Literal["exact", "paper"] = Field(
+        "exact", description="Exact damped solution, or the paper's approximation on the probe spans."
+    )
+    damping_mode: Literal["relative", "absolute"] = Field(
+        "relative", description="Damping as a share of the mean eigenvalue, or as a number."
+    )
+    damping: float = Field(0.1, ge=0, description="Added to both second moments' eigenvalues.")
+    gauge: Literal["balanced", "paper"] = Field(
+        "balanced", description="How the two factors share the scale of their product."
+    )
+    objective: Literal["tracin", "influence"] = Field(
+        "tracin", description="Weight errors by second moments, or by their inverses (appendix E)."
+    )
+    layers: LayersSection = Field(LayersSection(), description="Which layers are replaced.")
+
+
+class AlignSection(Section):
+    """Training of the factors until the proxy's gradients match the target's (METHODS B.6)."""
+
+    epochs: float = Field(5.0, ge=0, description="Passes over the align examples; 0 skips alignment.")
+    lr: float = Field(5e-5, gt=0, description="Learning rate of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay.")
+    batch: int = Field(4, gt=0, description="Sequences per step.")
+    lambda_kl: float = Field(0.1, ge=0, description="Weight of the anchor to the target's logits.")
+    tau: float = Field(1.0, gt=0, description="Temperature of the anchor.")
+    kl_positions: Literal["supervised", "all"] = Field("supervised", description="Positions anchored.")
+    distance_weight: float = Field(
+        1.0, gt=0, description="Factor on the sum of both distances per layer (reference code: 0.5)."
+    )
+    grad: Literal["exact", "stop_projection"] = Field(
+        "exact", description="Differentiate through the factors inside the projected target gradient."
+    )
+    hvp: Literal["double_backward", "jvp", "central_diff"] = Field(
+        "double_backward", description="How the Hessian-vector product is computed."
+    )
+    clip: float = Field(1.0, gt=0, description="Gradient norm limit.")
+    lr_warmup: float = Field(0.03, ge=0, lt=1, description="Share of steps with rising learning rate.")
+    heldout: Fraction = Field(0.1, description="Share of the align examples held out to choose a step.")
+    select_by: Literal["fidelity", "objective", "last"] = Field(
+        "fidelity",
+        description="Keep the step (the start included) with the best held-out agreement of example "
+        "gradients, the lowest held-out objective, or the last step.",
+    )
+    evaluate_every: int = Field(0, ge=0, description="Steps between held-out evaluations; 0: once an epoch.")
+    rebalance: bool = Field(True, description="Return to the balanced gauge after each epoch.")
+    seed: int = Field(0, description="Seed of the order of examples and of the held-out share.")
+
+
+class InfluenceSection(Section):
+    """How gradients become scores (METHODS B.7)."""
+
+    loss_reduction: Literal["token_mean", "token_sum"] = Field(
+        "token_mean", description="Loss of an example: mean or sum over its supervised tokens."
+    )
+    val_agg: Literal["mean_raw", "mean_unit", "subtask_max"] = Field(
+        "mean_raw",
+        description="Average query gradients as they are, as unit vectors, or inside each subtask "
+        "with the maximum taken over subtasks.",
+    )
+    score: Literal["cosine", "dot"] = Field("cosine", description="Cosine, or the plain dot product.")
+    estimator: Literal["tracin"] = Field(
+        "tracin", description="What is done to the query gradient before scoring; tracin: nothing."
+    )
+
+
+class ScorerSection(Section):
+    """What ranks the pool."""
+
+    kind: Literal["gradient", "random"] = Field(
+        "gradient", description="Gradient influence through the proxy, or random order."
+    )
+    draws: int = Field(1, ge=1, le=1000, description="random: number of independent draws, a run each.")
+    seed: int = Field(0, description="random: seed of the first draw.")
+
+
+class FidelitySection(Section):
+    """Comparison of a proxy's scores with the target's on the fidelity slice."""
+
+    enabled: bool = Field(True, description="Measure fidelity of every proxy.")
+    top: list[Fraction] = Field(
+        default=[0.05, 0.1, 0.2], min_length=1, description="Shares at which top-k overlap is taken."
+    )
+    bootstrap: int = Field(1000, ge=0, description="Resamples of the 95 % intervals; 0: no intervals.")
+    seed: int = Field(0, description="Seed of the resamples.")
+
+
+class SelectSection(Section):
+    """How many examples of the ranking are kept, for each task."""
+
+    fraction: Fraction = Field(0.05, description="Share of the pool selected for each task.")
+
+
+class FinetuneSection(Section):
+    """Fine-tuning of the target on a selection (METHODS B.10)."""
+
+    enabled: bool = Field(True, description="Fine-tune on each selection.")
+    epochs: float = Field(4.0, gt=0, description="Passes over the selection.")
+    lr: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay.")
+    batch: int = Field(32, gt=0, description="Sequences per optimizer step.")
+    lr_warmup: float = Field(0.03, ge=0, lt=1, description="Share of steps with rising learning rate.")
+    init: Literal["base", "warmed"] = Field("base", description="Start from the target or its warm-up.")
+    freeze_embed_head: bool = Field(False, description="Keep token embedding and head fixed.")
+    seed: int = Field(0, description="Seed of the order of examples.")
+
+
+class EvaluateSection(Section):
+    """What is measured of the base and of every fine-tuned model."""
+
+    enabled: bool = Field(True, description="Evaluate the base and every fine-tuned model.")
+    accuracy: bool = Field(True, description="Likelihood accuracy where the task has choices.")
+    bootstrap: int = Field(1000, ge=0, description="Resamples of the 95 % intervals; 0: no intervals.")
+    seed: int = Field(0, description="Seed of the resamples.")
+
+
+class ReportSection(Section):
+    """What the report shows. Nothing here changes a result."""
+
+    examples: int = Field(10, ge=1, le=100, description="Best and worst examples shown per task.")
+
+
+class RunConfig(Section):
+    """One way of scoring the pool, resolved: every section a run may override."""
+
+    until: Literal["fidelity", "ranking", "selection", "evaluation"] = Field(
+        "evaluation", description="Last stage this run goes to."
+    )
+    chat: ChatSection = ChatSection()
+    split: SplitSection = SplitSection()
+    warmup: WarmupSection = WarmupSection()
+    probe: ProbeSection = ProbeSection()
+    proxy: ProxySection = ProxySection()
+    align: AlignSection = AlignSection()
+    influence: InfluenceSection = InfluenceSection()
+    scorer: ScorerSection = ScorerSection()
+    fidelity: FidelitySection = FidelitySection()
+    select: SelectSection = SelectSection()
+    finetune: FinetuneSection = FinetuneSection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+
+class StudyConfig(RunConfig):
+    """A study file: the defaults of all runs, and the runs."""
+
+    study: Name = Field(description="The study's name: results land in results/studies/<study>.")
+    preset: Literal["default", "paper", "reference"] = Field(
+        "default",
+        description="Starting values: this project's choices, the paper's text, or the paper's code.",
+    )
+    data_dir: str | None = Field(
+        None, description="Folder that paths are relative to; the folder Snakemake runs in if absent."
+    )
+    target: TargetSection = TargetSection()
+    pool: PoolSection = Field(description="The candidate pool.")
+    tasks: list[TaskSection] = Field(min_length=1, description="The tasks, by name or as mappings.")
+    shard_size: int = Field(
+        2048, gt=0, description="Pool examples per scoring job. Changes no result, only the jobs."
+    )
+    report: ReportSection = ReportSection()
+    runs: dict[Name, dict[str, Any]] = Field(
+        min_length=1, description="Named overrides of the sections above; a list of values is a grid."
+    )
