@@ -50,7 +50,7 @@ def put(
     Args:
         group: Group to write into; ``/`` in ``name`` makes subgroups.
         name: Name of the array.
-        array: Its values; strings as a numpy array of dtype ``str``.
+        array: Its values; text (numpy ``U`` or ``O``) is stored with variable length.
         dims: One name per axis.
         attrs: Units and settings of this array.
 
@@ -65,7 +65,7 @@ def put(
     stored = group.create_array(
         name,
         shape=array.shape,
-        dtype=array.dtype,
+        dtype="string" if array.dtype.kind in "OTU" else array.dtype,
         chunks=tuple(max(1, c) for c in chunks) or "auto",
         compressors=None,
         dimension_names=list(dims),

@@ -1,0 +1,1 @@
+"""The ``iprox`` command: looking at what the workflow made."""

@@ -1,0 +1,1 @@
+"""Target and proxy models: loading, naming their linear layers, swapping in factors."""

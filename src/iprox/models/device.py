@@ -1,0 +1,45 @@
+"""Device, precision and threads, decided in this one place."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from iprox.errors import ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def pick_device() -> torch.device:
+    """CUDA when this process sees a GPU, else the CPU.
+
+    ``CUDA_VISIBLE_DEVICES`` decides which: a scheduler sets it, and an empty value means CPU.
+    """
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def set_threads(threads: int) -> None:
+    """Use this many CPU threads in every library of this process."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    torch.set_num_threads(threads)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The torch dtype of a config value.
+
+    Raises:
+        ModelError: The name is not one of float32, bfloat16, float64.
+    """
+    try:
+        return DTYPES[name]
+    except KeyError:
+        raise ModelError("unknown precision", value=name, allowed=", ".join(DTYPES)) from None
+
+
+def make_deterministic(seed: int) -> None:
+    """Seed torch and ask for kernels that give the same bytes each time."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,0 +1,235 @@
+"""Loading targets and proxies, and saving proxies as folders others can use."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from iprox.errors import ModelError
+from iprox.models.lowrank import find_linear, replace_linears
+
+log = logging.getLogger(__name__)
+
+PROXY_FILE = "proxy.json"
+"""Marks a folder as a proxy: the rank of every factorised layer, and the target's digest."""
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def is_proxy(folder: Path) -> bool:
+    """Whether a model folder holds a proxy rather than an ordinary model."""
+    return (folder / PROXY_FILE).is_file()
+
+
+def load_model(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Load a target or proxy for inference: evaluation mode, weights frozen.
+
+    Args:
+        folder: A Hugging Face folder, or a proxy folder.
+        dtype: Precision of the weights.
+        attention: Attention kernel: sdpa, eager or flash_attention_2.
+        device: Where to put it.
+
+    Returns:
+        A ``PreTrainedModel``.
+
+    Raises:
+        ModelError: The folder is not a model, or its weights do not fit its config.
+    """
+    if is_proxy(folder):
+        model = load_proxy(folder, dtype=dtype, attention=attention)
+    else:
+        model = _load_dense(folder, dtype, attention)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer saved beside a model.
+
+    Raises:
+        ModelError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError("no tokenizer beside the model", where=folder, value=str(error)) from None
+
+
+def _load_dense(folder: Path, dtype: torch.dtype, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError("a model folder cannot be loaded", where=folder, value=str(error)) from None
+
+
+def load_proxy(
+    path: str | Path, dtype: torch.dtype | None = None, attention: str = "sdpa"
+) -> Any:
+    """Load a proxy as an ordinary ``PreTrainedModel`` with thin linear layers.
+
+    Generation, ``Trainer``, adapters and other attribution tools run on it as on any model.
+
+    Args:
+        path: A proxy folder written by the ``proxy`` stage.
+        dtype: Precision of the weights; as stored when absent.
+        attention: Attention kernel.
+
+    Raises:
+        ModelError: The folder is not a proxy, or its weights do not match its ranks.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    folder = Path(path)
+    if not is_proxy(folder):
+        raise ModelError(
+            "not a proxy folder",
+            where=folder,
+            allowed=f"a folder with {PROXY_FILE}, {WEIGHTS} and config.json",
+            fix="give the folder of a proxy stage, results/proxy/<id>",
+        )
+    about = json.loads((folder / PROXY_FILE).read_text(encoding="utf-8"))
+    weights = load_weights(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    stored = next(iter(weights.values())).dtype
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype or stored, attn_implementation=attention
+        )
+    replace_linears(model, about["ranks"])
+    assign_weights(model, weights, folder)
+    return model.eval()
+
+
+def assign_weights(model: Any, weights: Mapping[str, Tensor], where: Path) -> None:
+    """Copy weights into a model; every one must have its place, tied ones excepted.
+
+    Raises:
+        ModelError: A weight is missing, superfluous, or of another shape.
+    """
+    try:
+        result = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ModelError("weights do not fit the model", where=where, value=str(error)) from None
+    model.tie_weights()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    missing = [n for n in result.missing_keys if n not in tied]
+    if missing or result.unexpected_keys:
+        raise ModelError(
+            "weights do not fit the model",
+            where=where,
+            value={"missing": missing[:5], "unexpected": result.unexpected_keys[:5]},
+            fix="make the proxy again from its target",
+        )
+
+
+def save_proxy(
+    folder: Path,
+    target: Any,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    tokenizer: Any,
+    about: Mapping[str, Any],
+) -> None:
+    """Write a proxy folder: config, safetensors, tokenizer and ``proxy.json``.
+
+    Args:
+        folder: Where to write; must exist.
+        target: The dense model the factors were made from; embeddings, norms, biases and
+            dense layers are taken from it.
+        factors: Layer -> (left (out, rank), right (rank, in)).
+        tokenizer: Saved beside it.
+        about: More entries for ``proxy.json``.
+    """
+    weights = proxy_weights(target, factors)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    config = copy.deepcopy(target.config)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ranks = {name: left.shape[1] for name, (left, _) in factors.items()}
+    text = json.dumps({**about, "ranks": ranks}, indent=1, sort_keys=True) + "\n"
+    (folder / PROXY_FILE).write_text(text, encoding="utf-8")
+
+
+def proxy_weights(
+    target: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """State of a proxy: the target's state with factorised weights replaced by their factors."""
+    tied = set(getattr(target, "all_tied_weights_keys", None) or ())
+    state = {n: t.detach() for n, t in target.state_dict().items() if n not in tied}
+    for name, (left, right) in factors.items():
+        dense = state.pop(f"{name}.weight")
+        state[f"{name}.left.weight"] = left.detach().to(dense)
+        state[f"{name}.right.weight"] = right.detach().to(dense)
+        if f"{name}.bias" in state:
+            state[f"{name}.left.bias"] = state.pop(f"{name}.bias")
+    return {n: t.cpu().contiguous() for n, t in state.items()}
+
+
+def as_proxy(target: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
+    """A proxy in memory that shares no storage with ``target``."""
+    proxy = copy.deepcopy(target)
+    replace_linears(proxy, {n: left.shape[1] for n, (left, _) in factors.items()})
+    with torch.no_grad():
+        for name, (left, right) in factors.items():
+            find_linear(proxy, f"{name}.left").weight.copy_(left)
+            find_linear(proxy, f"{name}.right").weight.copy_(right)
+    return proxy
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder.
+
+    Raises:
+        ModelError: There are none.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    raise ModelError(
+        "a model folder has no safetensors weights",
+        where=folder,
+        allowed=f"{WEIGHTS} or {INDEX}",
+        fix="convert the weights with save_pretrained(..., safe_serialization=True)",
+    )
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model folder, on the CPU.
+
+    Raises:
+        ModelError: A file is missing or is not safetensors.
+    """
+    weights: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            weights |= load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ModelError("weights cannot be read", where=path, value=str(error)) from None
+    return weights

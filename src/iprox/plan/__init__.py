@@ -1,0 +1,1 @@
+"""From a study to stages with identities. Imports neither torch nor Snakemake."""

@@ -1,0 +1,1 @@
+"""Artifacts on disk: manifests, the content store, tables and arrays."""
