@@ -1,0 +1,1 @@
+"""Pools, tasks, chat formats and batches: everything between files and token ids."""
