@@ -57,3 +57,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """Settings stored by :func:`write_table`; empty when there are none."""
     raw = (pq.read_schema(path).metadata or {}).get(_KEY, b"{}")
     return dict(json.loads(raw))
+
+
+def count_rows(path: Path) -> int:
+    """Number of rows of a Parquet file, from its footer alone."""
+    return int(pq.read_metadata(path).num_rows)

@@ -6,7 +6,7 @@ own section as one of these objects, so a stage never looks up a key by name.
 
 Keys that change results are part of a stage's identity (see ``iprox.plan``). Keys that do
 not (threads, devices, shard sizes) are not here but in the workflow's profiles, except
-``data_dir``, ``shard_size`` and ``report``, which the plan keeps out of every identity.
+``data_dir``, ``shards`` and ``report``, which the plan keeps out of every identity.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class SplitSection(Section):
 
 
 class WarmupSection(Section):
-    """Short fine-tuning that yields the checkpoint influence is measured at (METHODS B.2)."""
+    """Short fine-tuning that yields the checkpoint influence is measured at."""
 
     epochs: float = Field(1.0, ge=0, description="Passes over the warm-up examples; 0 skips training.")
     lr: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
@@ -167,7 +167,7 @@ class WarmupSection(Section):
 
 
 class ProbeSection(Section):
-    """Token positions at which layer inputs and output gradients are recorded (METHODS B.3)."""
+    """Token positions at which layer inputs and output gradients are recorded."""
 
     tokens: int | Literal["rank"] = Field(
         2048,
@@ -193,7 +193,7 @@ class LayersSection(Section):
 
 
 class ProxySection(Section):
-    """The model that scores in the target's place (METHODS B.4, B.5)."""
+    """The model that scores in the target's place."""
 
     kind: Literal["target", "ipsvd", "svd"] = Field(
         "ipsvd", description="The target itself, influence-preserving SVD, or plain truncated SVD."
@@ -230,7 +230,7 @@ class ProxySection(Section):
 
 
 class AlignSection(Section):
-    """Training of the factors until the proxy's gradients match the target's (METHODS B.6)."""
+    """Training of the factors until the proxy's gradients match the target's."""
 
     epochs: float = Field(5.0, ge=0, description="Passes over the align examples; 0 skips alignment.")
     lr: float = Field(5e-5, gt=0, description="Learning rate of AdamW.")
@@ -262,7 +262,7 @@ class AlignSection(Section):
 
 
 class InfluenceSection(Section):
-    """How gradients become scores (METHODS B.7)."""
+    """How gradients become scores."""
 
     loss_reduction: Literal["token_mean", "token_sum"] = Field(
         "token_mean", description="Loss of an example: mean or sum over its supervised tokens."
@@ -306,7 +306,7 @@ class SelectSection(Section):
 
 
 class FinetuneSection(Section):
-    """Fine-tuning of the target on a selection (METHODS B.10)."""
+    """Fine-tuning of the target on a selection."""
 
     enabled: bool = Field(True, description="Fine-tune on each selection.")
     epochs: float = Field(4.0, gt=0, description="Passes over the selection.")
@@ -337,6 +337,10 @@ class ReportSection(Section):
 class RunConfig(Section):
     """One way of scoring the pool, resolved: every section a run may override."""
 
+    preset: Literal["default", "paper", "reference"] = Field(
+        "default",
+        description="Starting values: this project's choices, the paper's text, or the paper's code.",
+    )
     until: Literal["fidelity", "ranking", "selection", "evaluation"] = Field(
         "evaluation", description="Last stage this run goes to."
     )
@@ -358,18 +362,14 @@ class StudyConfig(RunConfig):
     """A study file: the defaults of all runs, and the runs."""
 
     study: Name = Field(description="The study's name: results land in results/studies/<study>.")
-    preset: Literal["default", "paper", "reference"] = Field(
-        "default",
-        description="Starting values: this project's choices, the paper's text, or the paper's code.",
-    )
     data_dir: str | None = Field(
         None, description="Folder that paths are relative to; the folder Snakemake runs in if absent."
     )
     target: TargetSection = TargetSection()
     pool: PoolSection = Field(description="The candidate pool.")
     tasks: list[TaskSection] = Field(min_length=1, description="The tasks, by name or as mappings.")
-    shard_size: int = Field(
-        2048, gt=0, description="Pool examples per scoring job. Changes no result, only the jobs."
+    shards: int = Field(
+        1, gt=0, le=100_000, description="Scoring jobs the pool is cut into. Changes no result."
     )
     report: ReportSection = ReportSection()
     runs: dict[Name, dict[str, Any]] = Field(
