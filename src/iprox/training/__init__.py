@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: the warm-up, and training on a selection."""

@@ -1,0 +1,297 @@
+"""Supervised fine-tuning through ``transformers.Trainer``.
+
+One optimizer step sees ``batch`` sequences, in as many micro-batches as memory asks for, and
+minimises the mean of ``-log p(token | tokens before)`` over *all* supervised tokens of the
+step: the micro-batches only change rounding. AdamW (0.9, 0.999, 1e-8) with a linear schedule,
+and gradients clipped at norm 1, as in LESS (arXiv:2402.04333).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from iprox.engine.loss import IGNORE
+from iprox.errors import ConfigError, DataError, NumericsError
+from iprox.models.device import pick_device
+from iprox.progress import Track, track
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+    from iprox.study.schema import FinetuneSection, WarmupSection
+
+log = logging.getLogger(__name__)
+
+GRADIENT_CLIP = 1.0
+"""Norm at which the gradient of a step is clipped; ``Trainer``'s own, which LESS keeps."""
+
+TOKENS_PER_MICRO_BATCH = {"cpu": 1024, "cuda": 16384}
+"""Padded tokens of one forward pass: what fits, not what is computed."""
+
+COLUMNS = ["step", "epoch", "loss", "lr", "grad_norm"]
+
+
+class Example(Protocol):
+    """A tokenised example."""
+
+    @property
+    def input_ids(self) -> Sequence[int]:
+        """Token ids."""
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """The same ids where supervised, ``IGNORE`` elsewhere."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training run did.
+
+    Attributes:
+        log: A row for each optimizer step: step, epoch, loss (token mean), lr, grad_norm.
+        tokens: Tokens seen, epochs counted, without padding.
+        parameters: Parameters trained.
+    """
+
+    log: pd.DataFrame
+    tokens: int
+    parameters: int
+
+    def metrics(self) -> dict[str, int | float]:
+        """Figures for provenance; FLOPs as 6 per parameter and token (arXiv:2001.08361)."""
+        return {
+            "steps": len(self.log),
+            "tokens": self.tokens,
+            "flops": float(6 * self.parameters * self.tokens),
+            "loss_first": float(self.log["loss"].iloc[0]),
+            "loss_last": float(self.log["loss"].iloc[-1]),
+        }
+
+
+def supervised(example: Example) -> bool:
+    """Whether any token of an example is predicted from one before it."""
+    return any(label != IGNORE for label in example.labels[1:])
+
+
+def fine_tune(
+    model: Any,
+    examples: Sequence[Example],
+    settings: WarmupSection | FinetuneSection,
+    *,
+    pad_token_id: int,
+    bf16: bool = False,
+    micro_batch: int | None = None,
+    label: str = "fine-tuning",
+) -> Training:
+    """Train a causal LM in place on tokenised examples.
+
+    Two runs with the same arguments give the same bytes on a CPU. Started by
+    ``accelerate launch``, every process takes its share of each batch.
+
+    Args:
+        model: A ``PreTrainedModel``; its weights are the master copy, so float32 or better.
+        examples: What it learns from; each needs a supervised token.
+        settings: Epochs (fractions allowed), learning rate, batch and the rest.
+        pad_token_id: Fills short sequences of a micro-batch.
+        bf16: Run the passes in bfloat16 autocast.
+        micro_batch: Sequences in one forward pass, a divisor of the batch; by a token budget
+            when absent.
+        label: What the progress display says.
+
+    Raises:
+        DataError: There are no examples, or one has nothing to learn.
+        NumericsError: The loss or its gradient is not finite.
+    """
+    from transformers.trainer_callback import PrinterCallback
+
+    _check(examples)
+    use_cache = model.config.use_cache
+    frozen = embeddings(model) if settings.freeze_embed_head else []
+    model.requires_grad_(True)
+    for module in frozen:
+        module.requires_grad_(False)
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    micro = micro_batch or micro_batch_size(examples, settings.batch)
+    steps = math.ceil(settings.epochs * math.ceil(len(examples) / settings.batch))
+    with tempfile.TemporaryDirectory() as scratch, track(steps, "steps", label) as progress:
+        recorder = _recorder(progress)
+        trainer = _trainer(
+            model=model,
+            args=_arguments(settings, micro, bf16, Path(scratch)),
+            train_dataset=examples,
+            data_collator=_collator(pad_token_id),
+            callbacks=[recorder],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    model.config.use_cache = use_cache  # Trainer turns it off, and it would be saved so
+    model.requires_grad_(False).eval()
+    seen = sum(len(e.input_ids) for e in examples)
+    return Training(
+        log=pd.DataFrame(recorder.rows, columns=COLUMNS),
+        tokens=round(seen * settings.epochs),
+        parameters=parameters,
+    )
+
+
+def embeddings(model: Any) -> list[nn.Module]:
+    """The token embedding and the head of a causal LM (one weight when tied)."""
+    found = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [module for module in found if module is not None]
+
+
+def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write a Hugging Face folder: config, safetensors and tokenizer.
+
+    ``Trainer.save_model`` is not used because it adds a pickle of its arguments.
+
+    Args:
+        model: The trained model; converted to ``dtype`` in place.
+        tokenizer: Saved beside it.
+        folder: Where to write.
+        dtype: Precision of the saved weights.
+    """
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def micro_batch_size(examples: Sequence[Example], batch: int) -> int:
+    """Sequences in one forward pass: the largest divisor of this process's batch that fits."""
+    longest = max(len(e.input_ids) for e in examples)
+    fit = max(1, TOKENS_PER_MICRO_BATCH[pick_device().type] // longest)
+    local = _local_batch(batch)
+    return max(d for d in range(1, local + 1) if local % d == 0 and d <= fit)
+
+
+def _check(examples: Sequence[Example]) -> None:
+    if not examples:
+        raise DataError("there is nothing to train on", value="0 examples")
+    empty = [i for i, e in enumerate(examples) if not supervised(e)]
+    if empty:
+        raise DataError(
+            "training examples without a supervised token",
+            where=f"examples {empty[:5]} of {len(examples)}",
+            fix="drop them, or raise chat.max_length",
+        )
+
+
+def _local_batch(batch: int) -> int:
+    """This process's share of a batch.
+
+    Raises:
+        ConfigError: The processes cannot share it evenly.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if batch % processes:
+        raise ConfigError(
+            "a batch cannot be shared evenly between the processes",
+            where="batch",
+            value=batch,
+            allowed=f"a multiple of {processes}",
+        )
+    return batch // processes
+
+
+def _arguments(
+    settings: WarmupSection | FinetuneSection, micro: int, bf16: bool, scratch: Path
+) -> TrainingArguments:
+    from transformers import TrainingArguments
+
+    cuda = pick_device().type == "cuda"
+    args = TrainingArguments(
+        output_dir=str(scratch),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=_local_batch(settings.batch) // micro,
+        learning_rate=settings.lr,
+        weight_decay=settings.weight_decay,
+        optim="adamw_torch_fused",
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        lr_scheduler_type="linear",
+        warmup_steps=settings.lr_warmup,  # below 1 it is a share of all steps
+        max_grad_norm=GRADIENT_CLIP,
+        bf16=bf16,
+        use_cpu=not cuda,
+        seed=settings.seed,
+        save_strategy="no",
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # the filter would hide a loss that is not a number
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+    )
+    if args.n_gpu > 1:
+        # One process with several GPUs in sight would silently become nn.DataParallel, whose
+        # batches are larger than asked for.
+        args._n_gpu = 1
+    return args
+
+
+def _trainer(**arguments: Any) -> Trainer:
+    from transformers import Trainer
+
+    return Trainer(**arguments)
+
+
+def _collator(pad_token_id: int) -> Callable[[Sequence[Example]], dict[str, Tensor]]:
+    """A function that right-pads examples to tensors (examples, tokens)."""
+
+    def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
+        longest = max(len(e.input_ids) for e in examples)
+        shape = (len(examples), longest)
+        input_ids = torch.full(shape, pad_token_id)
+        labels = torch.full(shape, IGNORE)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        for row, example in enumerate(examples):
+            length = len(example.input_ids)
+            input_ids[row, :length] = torch.as_tensor(example.input_ids)
+            labels[row, :length] = torch.as_tensor(example.labels)
+            attention_mask[row, :length] = 1
+        return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+    return collate
+
+
+def _recorder(progress: Track) -> Any:
+    """A ``TrainerCallback`` that keeps a row per step, shows progress, and stops at a NaN."""
+    from transformers import TrainerCallback
+
+    class Recorder(TrainerCallback):
+        def __init__(self) -> None:
+            self.rows: list[tuple[int, float, float, float, float]] = []
+
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any
+        ) -> None:
+            if "loss" not in logs:
+                return  # the summary at the end
+            loss, norm = float(logs["loss"]), float(logs["grad_norm"])
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise NumericsError(
+                    "training diverged",
+                    where=f"step {state.global_step}, epoch {state.epoch:.2f}",
+                    value={"loss": loss, "grad_norm": norm},
+                    allowed="finite numbers",
+                    fix="lower the learning rate, or train in float32",
+                )
+            self.rows.append(
+                (state.global_step, float(state.epoch), loss, float(logs["learning_rate"]), norm)
+            )
+            progress.advance(1, note=f"loss {loss:.3f}")
+
+    return Recorder()
