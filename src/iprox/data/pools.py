@@ -247,14 +247,14 @@ def _jsonl_rows(path: Path, name: str) -> Iterator[Row]:
             where = f"{name}:{number}"
             line = _decode(raw, name, first_line=number)
             if line.strip():
-                yield Row(_object(_parse_json(line, where), where), name, where)
+                yield Row(_object(_parse_json(line, name, number), where), name, where)
 
 
 def _json_rows(path: Path, name: str) -> Iterator[Row]:
     text = _decode(path.read_bytes(), name)
     if not text.strip():
         return
-    records = _parse_json(text, name)
+    records = _parse_json(text, name, first_line=1)
     if not isinstance(records, list):
         raise DataError(
             "a JSON pool must be a list of records",
@@ -277,6 +277,8 @@ def _csv_rows(path: Path, name: str) -> Iterator[Row]:
         start = reader.line_num + 1
         for values in reader:
             where, start = f"{name}:{start}", reader.line_num + 1
+            if not values:  # an empty line
+                continue
             if len(values) != len(header):
                 raise DataError(
                     "a CSV record has not as many fields as the header",
@@ -318,19 +320,19 @@ def _decode(raw: bytes, name: str, first_line: int = 1) -> str:
         ) from None
 
 
-def _parse_json(text: str, where: str) -> Any:
+def _parse_json(text: str, name: str, first_line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         many = error.msg == "Extra data"
         raise DataError(
             "invalid JSON",
-            where=where if where[-1].isdigit() and error.lineno == 1 else f"{where}:{error.lineno}",
+            where=f"{name}:{first_line + error.lineno - 1}",
             value=f"{error.msg}: {error.doc[error.pos : error.pos + 40]}",
             fix="a file of one record a line is named .jsonl" if many else None,
         ) from None
     except RecursionError:
-        raise DataError("JSON is nested too deeply", where=where) from None
+        raise DataError("JSON is nested too deeply", where=f"{name}:{first_line}") from None
 
 
 def _object(record: Any, where: str) -> dict[str, Any]:
@@ -491,7 +493,7 @@ def _checked_text(value: Any, where: str) -> str:
 
 def _identified(parsed: Iterable[tuple[Row, tuple[Message, ...]]], label: str) -> list[Candidate]:
     """Candidates with ids: their own, or one made from their content."""
-    candidates = []
+    candidates: list[Candidate] = []
     unnamed: dict[str, list[int]] = {}
     for row, messages in parsed:
         example_id = _explicit_id(row)
