@@ -1,0 +1,134 @@
+"""Stage ``factors``: the factors of every layer at one sparsity, cut from nested directions."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from typing import Any
+
+import pandas as pd
+import torch
+import zarr
+from safetensors import safe_open
+
+from iprox.errors import ConfigError
+from iprox.numerics.ipsvd import Directions, Factors, truncate, truncation_error
+from iprox.numerics.ranks import effective_sparsity, layer_parameters, rank_for
+from iprox.progress import track
+from iprox.stages.decomposition import save_tensors
+from iprox.store.arrays import open_store
+from iprox.store.job import Job, Metrics
+from iprox.store.tables import write_table
+from iprox.study.schema import ProxySection
+
+log = logging.getLogger(__name__)
+
+
+def make(job: Job) -> Metrics:
+    """Write ``factors.safetensors``, ``layers.parquet`` and a copy of ``spectra.zarr``.
+
+    ``factors.safetensors`` holds ``<layer>.left`` (out, rank) and ``<layer>.right`` (rank, in) in
+    float32; layers kept dense are not in it. ``layers.parquet`` has a row per layer.
+
+    Returns:
+        Parameters of the decomposed layers after and before, the sparsity really achieved, and
+        numbers of layers, of those kept dense and of those whose rank could not be filled.
+
+    Raises:
+        ConfigError: Every layer would stay dense.
+        NumericsError: A rank exceeds the directions that were kept.
+    """
+    proxy = job.section(ProxySection, "factors")
+    source = job.parents["decomposition"]
+    spectra = open_store(source / "spectra.zarr")
+    names = list(spectra.attrs["layers"])
+    tensors: dict[str, torch.Tensor] = {}
+    rows: list[dict[str, Any]] = []
+    with (
+        safe_open(source / "directions.safetensors", framework="pt") as directions,
+        track(len(names), "layers", "factors") as progress,
+    ):
+        for name in names:
+            row, factors = _cut(name, spectra[f"singular_values/{name}"], directions, proxy)
+            rows.append(row)
+            if factors is not None:
+                tensors[f"{name}.left"] = factors.left.contiguous()
+                tensors[f"{name}.right"] = factors.right.contiguous()
+            progress.advance(1)
+    layers = pd.DataFrame(rows)
+    if not tensors:
+        raise ConfigError(
+            "every layer stays dense, so the proxy would be the target itself",
+            where="proxy.sparsity, proxy.rank_multiple",
+            value=(proxy.sparsity, proxy.rank_multiple),
+            fix="raise the sparsity or lower the rank multiple",
+        )
+    save_tensors(job.out / "factors.safetensors", tensors, job.params["factors"])
+    write_table(job.out / "layers.parquet", layers, job.params["factors"])
+    # contents only: parents are read-only, and this copy must be writable until it is finished
+    shutil.copytree(
+        source / "spectra.zarr", job.out / "spectra.zarr", copy_function=shutil.copyfile
+    )
+    return _summary(layers)
+
+
+def _cut(
+    name: str, spectrum: zarr.Array, directions: Any, proxy: ProxySection
+) -> tuple[dict[str, Any], Factors | None]:
+    """One layer's row of ``layers.parquet``, and its factors unless it is kept dense."""
+    about = dict(spectrum.attrs)
+    out_dim, in_dim = int(about["out"]), int(about["in"])
+    rank = rank_for(
+        out_dim, in_dim, proxy.sparsity, proxy.rank_multiple, proxy.rank_rounding, proxy.dense_rule
+    )
+    singular_values = torch.from_numpy(spectrum[...])
+    parameters, dense = layer_parameters(out_dim, in_dim, rank), out_dim * in_dim
+    row = {
+        "layer": name,
+        "out": out_dim,
+        "in": in_dim,
+        "rank": min(out_dim, in_dim) if rank is None else rank,
+        "rank_effective": int(about["rank_effective"]),
+        "kept_dense": rank is None,
+        "truncation_error": (
+            0.0 if rank is None else truncation_error(singular_values, about["floor"], rank)
+        ),
+        "parameters": parameters,
+        "parameters_dense": dense,
+        "sparsity_effective": effective_sparsity(parameters, dense),
+        "kernel": about["kernel"],
+        "fallback": about["fallback"] or "",
+    }
+    if rank is None:
+        return row, None
+    if row["rank_effective"] < rank:
+        log.warning(
+            "%s: only %d of rank %d can be filled, the rest is zero; "
+            "probe more tokens or use mode exact",
+            name,
+            row["rank_effective"],
+            rank,
+        )
+    nested = Directions(
+        directions.get_tensor(f"{name}.left"),
+        directions.get_tensor(f"{name}.right"),
+        singular_values,
+        row["rank_effective"],
+        about["form"],
+        about["floor"],
+    )
+    return row, truncate(nested, rank, proxy.gauge)
+
+
+def _summary(layers: pd.DataFrame) -> Metrics:
+    """Headline numbers over all decomposed layers."""
+    parameters, dense = int(layers["parameters"].sum()), int(layers["parameters_dense"].sum())
+    replaced = ~layers["kept_dense"]
+    return {
+        "layers": len(layers),
+        "dense_layers": int(layers["kept_dense"].sum()),
+        "rank_deficient_layers": int((layers["rank_effective"] < layers["rank"])[replaced].sum()),
+        "parameters": parameters,
+        "parameters_dense": dense,
+        "sparsity_effective": effective_sparsity(parameters, dense),
+    }
