@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from iprox.engine.loss import IGNORE
-from iprox.errors import ConfigError, DataError, NumericsError
-from iprox.models.load import load_model, load_tokenizer
+from iprox.data.chat import IGNORED, Encoded
+from iprox.errors import ArtifactError, ConfigError, DataError, NumericsError
+from iprox.models.load import load_model, load_tokenizer, load_weights
+from iprox.stages import finetune, warmup
+from iprox.store.job import Job
+from iprox.store.tables import read_table, write_table
 from iprox.study.schema import FinetuneSection, WarmupSection
 from iprox.training import sft
 
 PAD = 0
-
-
-@dataclass
-class Tokens:
-    input_ids: list[int]
-    labels: list[int]
 
 
 class Recorded(list[Any]):
@@ -39,7 +37,7 @@ class Recorded(list[Any]):
         return super().__getitem__(index)
 
 
-def examples(n: int, seed: int = 0) -> list[Tokens]:
+def examples(n: int, seed: int = 0) -> list[Encoded]:
     """``n`` examples of 5 to 12 tokens, the last 1 to 4 supervised."""
     generator = torch.Generator().manual_seed(seed)
     made = []
@@ -48,7 +46,7 @@ def examples(n: int, seed: int = 0) -> list[Tokens]:
             int(torch.randint(a, b, (), generator=generator)) for a, b in ((5, 13), (1, 5))
         )
         ids = torch.randint(4, 260, (length,), generator=generator).tolist()
-        made.append(Tokens(ids, [IGNORE] * (length - answer) + ids[length - answer :]))
+        made.append(Encoded(ids, [IGNORED] * (length - answer) + ids[length - answer :]))
     return made
 
 
@@ -66,19 +64,19 @@ def gap(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     return max(float((first[n] - second[n]).abs().max()) for n in first)
 
 
-def token_mean(model: Any, batch: list[Tokens]) -> Tensor:
+def token_mean(model: Any, batch: list[Encoded]) -> Tensor:
     """Mean over all supervised tokens of a batch, one unpadded example at a time."""
     total, count = torch.zeros(()), 0
     for example in batch:
         # Cross-entropy in float32, as transformers' own loss has it for every precision.
         logits = model(input_ids=torch.tensor([example.input_ids])).logits[0, :-1].float()
         targets = torch.tensor(example.labels[1:])
-        total = total + F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-        count += int((targets != IGNORE).sum())
+        total = total + F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        count += int((targets != IGNORED).sum())
     return total / count
 
 
-def adamw_by_hand(model: Any, batches: list[list[Tokens]], given: FinetuneSection) -> list[float]:
+def adamw_by_hand(model: Any, batches: list[list[Encoded]], given: FinetuneSection) -> list[float]:
     """AdamW with clipping at norm 1, decay on matrices only, and a linear schedule."""
     model.requires_grad_(True)
     first = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
@@ -184,9 +182,8 @@ def test_a_diverging_run_stops_and_names_the_step() -> None:
 
 
 def test_examples_without_anything_to_learn_are_refused() -> None:
-    only_first = Tokens([5, 6], [5, IGNORE])  # nothing precedes the first token
-    assert not sft.supervised(only_first)
-    with pytest.raises(DataError, match="supervised"):
+    only_first = Encoded([5, 6], [5, IGNORED], example_id="a-1")  # nothing precedes the first token
+    with pytest.raises(DataError, match="1 of 1 examples: a-1"):
         sft.fine_tune(tiny_model(), [only_first], settings(), pad_token_id=PAD)
     with pytest.raises(DataError, match="nothing to train on"):
         sft.fine_tune(tiny_model(), [], settings(), pad_token_id=PAD)
@@ -211,11 +208,110 @@ def test_a_saved_model_loads_with_the_trained_weights_and_nothing_is_pickled(
 def test_the_micro_batch_divides_the_batch_and_fits_the_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    long = [Tokens([4] * 300, [4] * 300)]
+    long = [Encoded([4] * 300, [4] * 300)]
     assert sft.micro_batch_size(long, 32) == 2  # 3 fit into 1024 tokens; 2 divides 32
     assert sft.micro_batch_size(examples(3), 6) == 6
-    assert sft.micro_batch_size([Tokens([4] * 5000, [4] * 5000)], 7) == 1
+    assert sft.micro_batch_size([Encoded([4] * 5000, [4] * 5000)], 7) == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert sft.micro_batch_size(examples(3), 6) == 3
     with pytest.raises(ConfigError, match="multiple of 2"):
         sft.micro_batch_size(examples(3), 7)
+
+
+def messages(i: int) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": f"Say {i}."},
+        {"role": "assistant", "content": f"It is {i}."},
+    ]
+
+
+def stage_job(tmp_path: Path, target: Path, stage: str, section: dict[str, Any]) -> Job:
+    """A pool of 8 examples, 4 in the warm-up split, and a selection of 3."""
+    folders = {role: tmp_path / role for role in ("pool", "split", "selection", f"out-{stage}")}
+    for folder in folders.values():
+        folder.mkdir(exist_ok=True)
+    rows = [{"example_id": f"ex-{i}", "messages": messages(i)} for i in range(8)]
+    write_table(folders["pool"] / "pool.parquet", pa.Table.from_pylist(rows))
+    split = [{"example_id": f"ex-{i}", "split": "warmup", "position": 3 - i} for i in range(4)]
+    split += [{"example_id": f"ex-{i}", "split": "probe", "position": i - 4} for i in range(4, 8)]
+    write_table(folders["split"] / "split.parquet", pa.Table.from_pylist(split))
+    lines = "".join(json.dumps({**row, "tasks": ["t"]}) + "\n" for row in rows[:3])
+    (folders["selection"] / "selected").mkdir(exist_ok=True)
+    (folders["selection"] / "selected" / "t.jsonl").write_text(lines, encoding="utf-8")
+    params = {
+        stage: section,
+        "chat": {"max_length": 64},
+        "target": {"dtype": "float32", "attention": "eager"},
+        "subset": {"task": "t"},
+    }
+    parents = {**folders, "target": target, "model": target}
+    return Job(stage=stage, params=params, parents=parents, out=folders[f"out-{stage}"])
+
+
+def test_the_warmup_stage_trains_on_its_split_and_leaves_a_model(
+    tmp_path: Path, target_folder: Path
+) -> None:
+    job = stage_job(tmp_path, target_folder, "warmup", {"lr": 1e-3, "batch": 2})
+    metrics = warmup.make(job)
+    assert (metrics["examples"], metrics["steps"], metrics["examples_dropped"]) == (4, 2, 0)
+    before, after = load_model(target_folder), load_model(job.out)
+    assert torch.equal(before.model.embed_tokens.weight, after.model.embed_tokens.weight)
+    assert gap(weights(before), weights(after)) > 1e-4
+    log = read_table(job.out / "log.parquet")
+    assert log.columns.tolist() == ["step", "epoch", "loss", "lr", "grad_norm"]
+    assert log["loss"].iloc[0] == metrics["loss_first"]
+
+
+def test_the_stages_write_the_same_bytes_again(tmp_path: Path, target_folder: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        warmup.make(stage_job(tmp_path / name, target_folder, "warmup", {"lr": 1e-3}))
+    first, second = (
+        {p.name: p.read_bytes() for p in (tmp_path / name / "out-warmup").iterdir()}
+        for name in ("a", "b")
+    )
+    assert first == second
+
+
+def test_no_epochs_leave_the_target_as_it_is(tmp_path: Path, target_folder: Path) -> None:
+    job = stage_job(tmp_path, target_folder, "warmup", {"epochs": 0.0})
+    assert warmup.make(job)["steps"] == 0
+    assert gap(weights(load_model(target_folder)), weights(load_model(job.out))) == 0
+    assert len(read_table(job.out / "log.parquet")) == 0
+
+
+def test_the_saved_precision_is_the_targets(tmp_path: Path, target_folder: Path) -> None:
+    job = stage_job(tmp_path, target_folder, "warmup", {"epochs": 0.0})
+    job.params["target"]["dtype"] = "bfloat16"
+    warmup.make(job)
+    stored = load_weights(job.out)
+    assert {w.dtype for w in stored.values()} == {torch.bfloat16}
+    assert all(torch.equal(w.bfloat16(), stored[n]) for n, w in load_weights(target_folder).items())
+
+
+def test_the_finetune_stage_trains_on_the_selection_of_its_task(
+    tmp_path: Path, target_folder: Path
+) -> None:
+    job = stage_job(tmp_path, target_folder, "finetune", {"lr": 1e-3, "batch": 2, "epochs": 2})
+    metrics = finetune.make(job)
+    assert (metrics["examples"], metrics["steps"]) == (3, 4)
+    assert gap(weights(load_model(target_folder)), weights(load_model(job.out))) > 1e-4
+    job.params["subset"]["task"] = "bbh"
+    with pytest.raises(ArtifactError, match="no such subset"):
+        finetune.make(job)
+
+
+def test_responses_cut_away_are_dropped_and_counted(
+    tmp_path: Path, target_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = stage_job(tmp_path, target_folder, "finetune", {"epochs": 1})
+    path = job.parents["selection"] / "selected" / "t.jsonl"
+    long = [{"role": "user", "content": "x" * 99}, {"role": "assistant", "content": "y"}]
+    with path.open("a") as file:
+        file.write(json.dumps({"example_id": "long-1", "tasks": ["t"], "messages": long}) + "\n")
+    metrics = finetune.make(job)
+    assert (metrics["examples"], metrics["examples_dropped"]) == (3, 1)
+    assert "long-1" in caplog.text
+    job.params["chat"]["max_length"] = 8
+    with pytest.raises(DataError, match="nothing to train on"):
+        finetune.make(job)

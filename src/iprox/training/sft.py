@@ -15,16 +15,20 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from iprox.engine.loss import IGNORE
-from iprox.errors import ConfigError, DataError, NumericsError
-from iprox.models.device import pick_device
+from iprox.data.batches import collate
+from iprox.data.chat import Encoded, pad_id
+from iprox.engine.loss import Batch, attention_mask
+from iprox.errors import ConfigError, DataError, NumericsError, shorten
+from iprox.models.device import dtype_of, make_deterministic, pick_device
+from iprox.models.load import load_model, load_tokenizer
 from iprox.progress import Track, track
+from iprox.store.tables import write_table
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -39,19 +43,13 @@ GRADIENT_CLIP = 1.0
 TOKENS_PER_MICRO_BATCH = {"cpu": 1024, "cuda": 16384}
 """Padded tokens of one forward pass: what fits, not what is computed."""
 
-COLUMNS = ["step", "epoch", "loss", "lr", "grad_norm"]
-
-
-class Example(Protocol):
-    """A tokenised example."""
-
-    @property
-    def input_ids(self) -> Sequence[int]:
-        """Token ids."""
-
-    @property
-    def labels(self) -> Sequence[int]:
-        """The same ids where supervised, ``IGNORE`` elsewhere."""
+LOG_COLUMNS = {
+    "step": "int64",
+    "epoch": "float64",
+    "loss": "float64",
+    "lr": "float64",
+    "grad_norm": "float64",
+}
 
 
 @dataclass(frozen=True)
@@ -73,20 +71,93 @@ class Training:
         return {
             "steps": len(self.log),
             "tokens": self.tokens,
+            "parameters": self.parameters,
             "flops": float(6 * self.parameters * self.tokens),
             "loss_first": float(self.log["loss"].iloc[0]),
             "loss_last": float(self.log["loss"].iloc[-1]),
         }
 
 
-def supervised(example: Example) -> bool:
-    """Whether any token of an example is predicted from one before it."""
-    return any(label != IGNORE for label in example.labels[1:])
+def trainable(encoded: Sequence[Encoded]) -> list[Encoded]:
+    """The examples that have a supervised token; the others are logged.
+
+    A response that begins beyond ``chat.max_length`` leaves nothing to learn.
+    """
+    kept = [e for e in encoded if e.supervised]
+    if len(kept) < len(encoded):
+        dropped = [e.example_id for e in encoded if not e.supervised]
+        log.warning(
+            "dropped %d of %d examples whose response is cut away: %s",
+            len(dropped),
+            len(encoded),
+            shorten(", ".join(dropped)),
+        )
+    return kept
+
+
+def usage(encoded: Sequence[Encoded], used: Sequence[Encoded]) -> dict[str, int]:
+    """How many examples were trained on, dropped and truncated, for provenance."""
+    return {
+        "examples": len(used),
+        "examples_dropped": len(encoded) - len(used),
+        "examples_truncated": sum(e.n_truncated > 0 for e in used),
+    }
+
+
+def train_folder(
+    source: Path,
+    out: Path,
+    examples: Sequence[Encoded],
+    settings: WarmupSection | FinetuneSection,
+    *,
+    dtype: str,
+    attention: str,
+    label: str,
+) -> dict[str, int | float]:
+    """Fine-tune a saved model and save the result, with ``log.parquet`` beside it.
+
+    Training is in float32; ``bfloat16`` adds autocast to the passes and rounds the saved
+    weights, which no later stage reads at a higher precision. No epochs: the model as it is.
+
+    Args:
+        source: Hugging Face folder to start from.
+        out: Folder to write to.
+        examples: What it learns from.
+        settings: Epochs, learning rate, batch and the rest.
+        dtype: float32 or bfloat16.
+        attention: Attention kernel.
+        label: What the progress display says.
+
+    Returns:
+        Metrics of the run: steps, tokens, FLOPs, losses.
+
+    Raises:
+        DataError: There are no examples.
+        NumericsError: Training diverged.
+    """
+    model = load_model(source, torch.float32, attention, pick_device())
+    tokenizer = load_tokenizer(source)
+    rows = pd.DataFrame(columns=list(LOG_COLUMNS))
+    metrics: dict[str, int | float] = {"steps": 0, "tokens": 0, "flops": 0.0}
+    if settings.epochs > 0:
+        make_deterministic(settings.seed)
+        training = fine_tune(
+            model,
+            examples,
+            settings,
+            pad_token_id=pad_id(tokenizer),
+            bf16=dtype == "bfloat16",
+            label=label,
+        )
+        rows, metrics = training.log, training.metrics()
+    save(model, tokenizer, out, dtype_of(dtype))
+    write_table(out / "log.parquet", rows.astype(LOG_COLUMNS), settings.model_dump())
+    return metrics
 
 
 def fine_tune(
     model: Any,
-    examples: Sequence[Example],
+    examples: Sequence[Encoded],
     settings: WarmupSection | FinetuneSection,
     *,
     pad_token_id: int,
@@ -137,9 +208,9 @@ def fine_tune(
         trainer.train()
     model.config.use_cache = use_cache  # Trainer turns it off, and it would be saved so
     model.requires_grad_(False).eval()
-    seen = sum(len(e.input_ids) for e in examples)
+    seen = sum(len(e) for e in examples)
     return Training(
-        log=pd.DataFrame(recorder.rows, columns=COLUMNS),
+        log=pd.DataFrame(recorder.rows, columns=list(LOG_COLUMNS)),
         tokens=round(seen * settings.epochs),
         parameters=parameters,
     )
@@ -166,22 +237,22 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def micro_batch_size(examples: Sequence[Example], batch: int) -> int:
+def micro_batch_size(examples: Sequence[Encoded], batch: int) -> int:
     """Sequences in one forward pass: the largest divisor of this process's batch that fits."""
-    longest = max(len(e.input_ids) for e in examples)
+    longest = max(len(e) for e in examples)
     fit = max(1, TOKENS_PER_MICRO_BATCH[pick_device().type] // longest)
     local = _local_batch(batch)
     return max(d for d in range(1, local + 1) if local % d == 0 and d <= fit)
 
 
-def _check(examples: Sequence[Example]) -> None:
+def _check(examples: Sequence[Encoded]) -> None:
     if not examples:
         raise DataError("there is nothing to train on", value="0 examples")
-    empty = [i for i, e in enumerate(examples) if not supervised(e)]
+    empty = [e.example_id for e in examples if not e.supervised]
     if empty:
         raise DataError(
             "training examples without a supervised token",
-            where=f"examples {empty[:5]} of {len(examples)}",
+            where=f"{len(empty)} of {len(examples)} examples: {', '.join(empty[:5])}",
             fix="drop them, or raise chat.max_length",
         )
 
@@ -248,23 +319,16 @@ def _trainer(**arguments: Any) -> Trainer:
     return Trainer(**arguments)
 
 
-def _collator(pad_token_id: int) -> Callable[[Sequence[Example]], dict[str, Tensor]]:
-    """A function that right-pads examples to tensors (examples, tokens)."""
+def _collator(pad_token_id: int) -> Callable[[Sequence[Encoded]], dict[str, Tensor]]:
+    """A function that pads examples to the tensors a model takes."""
 
-    def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-        longest = max(len(e.input_ids) for e in examples)
-        shape = (len(examples), longest)
-        input_ids = torch.full(shape, pad_token_id)
-        labels = torch.full(shape, IGNORE)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        for row, example in enumerate(examples):
-            length = len(example.input_ids)
-            input_ids[row, :length] = torch.as_tensor(example.input_ids)
-            labels[row, :length] = torch.as_tensor(example.labels)
-            attention_mask[row, :length] = 1
-        return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+    def collate_inputs(examples: Sequence[Encoded]) -> dict[str, Tensor]:
+        batch = Batch(*collate(examples, pad_token_id))
+        mask = attention_mask(batch)
+        inputs = {"input_ids": batch.input_ids, "labels": batch.labels}
+        return inputs if mask is None else inputs | {"attention_mask": mask}
 
-    return collate
+    return collate_inputs
 
 
 def _recorder(progress: Track) -> Any:
