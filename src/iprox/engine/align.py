@@ -1,0 +1,456 @@
+"""Gradient alignment: training a proxy's factors until its gradients point as the target's do.
+
+IProX, arXiv:2602.17835, section 4.2. Only the factors train. Training can also harm a proxy
+that starts well, so the step to keep is chosen on held-out examples, the start among the
+candidates: by default the step at which the gradients of examples lie to each other in the
+proxy most as they do in the target, because that is what scores are made of.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from iprox.engine.capture import watch
+from iprox.engine.geometry import gradient_gram
+from iprox.engine.loss import Batch, example_losses, input_embeddings
+from iprox.engine.objective import Factorised, Objective, evaluate, gradient, observe
+from iprox.errors import ConfigError, NumericsError
+from iprox.models.layers import scored_linears
+from iprox.models.lowrank import find_linear
+from iprox.numerics.alignment import FactorPair, gram_agreement
+from iprox.numerics.ipsvd import balance
+from iprox.progress import track
+from iprox.study.schema import AlignSection, LayersSection
+
+log = logging.getLogger(__name__)
+
+ExampleT = TypeVar("ExampleT")
+
+MIN_HELDOUT = 4
+"""Fewest held-out examples: four have six pairs to put in order, three only three."""
+
+MAX_COMPARED = 24
+"""Most held-out examples whose gradients are compared pair by pair."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row of the learning curve.
+
+    Attributes:
+        step: Optimizer steps done; a train row shows the losses before its own step.
+        epoch: Passes over the training examples by then.
+        split: ``train``, a step's own batch, or ``heldout``, the mean over held-out batches.
+        loss_ga: Gradient alignment loss.
+        kl: Divergence of the proxy's predictions from the target's.
+        objective: loss_ga + lambda_kl * kl.
+        fidelity: Agreement of the examples' gradient geometry; held-out rows only.
+        proxy_loss: Token-mean language modelling loss of the proxy.
+        target_loss: The same of the target.
+        lr: Learning rate of the step; train rows only.
+        grad_norm: Norm of the gradient before clipping; train rows only.
+        chosen: Whether the proxy that is kept is the one of this row.
+    """
+
+    step: int = 0
+    epoch: float = 0.0
+    split: Literal["train", "heldout"] = "heldout"
+    loss_ga: float | None = None
+    kl: float | None = None
+    objective: float | None = None
+    fidelity: float | None = None
+    proxy_loss: float | None = None
+    target_loss: float | None = None
+    lr: float | None = None
+    grad_norm: float | None = None
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class LayerPoint:
+    """Held-out gradient agreement of one layer's factors; None where a gradient is zero."""
+
+    step: int
+    layer: str
+    cosine_left: float | None
+    cosine_right: float | None
+
+
+class Candidate(NamedTuple):
+    """The proxy after some step, and what the held-out examples say of it."""
+
+    factors: dict[str, FactorPair]
+    point: Point
+    layers: list[LayerPoint]
+
+
+@dataclass
+class Alignment:
+    """What an alignment did.
+
+    Attributes:
+        start: The proxy as it came.
+        chosen: The proxy that is kept.
+        planned_steps: Optimizer steps asked for.
+        steps: Optimizer steps done.
+        diverged_at: Step at which a loss or gradient was not finite; None if there is none.
+        tokens: Tokens trained on, repeats counted, without padding.
+        n_zero: Gradient distances left out in training because a gradient was zero.
+    """
+
+    start: Candidate
+    chosen: Candidate
+    planned_steps: int
+    steps: int = 0
+    diverged_at: int | None = None
+    tokens: int = 0
+    n_zero: int = 0
+    _curve: list[Point] = field(default_factory=list)
+    layers: list[LayerPoint] = field(default_factory=list)
+
+    @property
+    def curve(self) -> list[Point]:
+        """Rows of the learning curve in the order they were made."""
+        return [replace(point, chosen=point is self.chosen.point) for point in self._curve]
+
+    def add_step(self, point: Point, tokens: int, n_zero: int) -> None:
+        """Count an optimizer step."""
+        self.steps = point.step
+        self.tokens += tokens
+        self.n_zero += n_zero
+        self._curve.append(point)
+
+    def add_candidate(self, candidate: Candidate, select_by: str) -> None:
+        """Record a candidate, and keep it if it beats the one kept so far."""
+        self._curve.append(candidate.point)
+        self.layers += candidate.layers
+        if _beats(candidate.point, self.chosen.point, select_by):
+            self.chosen = candidate
+
+
+def hold_out(n_examples: int, align: AlignSection) -> tuple[list[int], list[int]]:
+    """Places of the examples to train on and of those held out, by the config's share and seed.
+
+    Raises:
+        ConfigError: Too few examples for both.
+    """
+    n_heldout = max(MIN_HELDOUT, math.ceil(align.heldout * n_examples))
+    if n_examples - n_heldout < 1:
+        raise ConfigError(
+            "too few examples to align on and to choose a step by",
+            where="split.align, align.heldout",
+            value=f"{n_examples} examples, {n_heldout} of them held out",
+            allowed=f"at least {MIN_HELDOUT} held out and 1 left to train on",
+            fix="raise split.align, lower align.heldout, or skip alignment with align.epochs: 0",
+        )
+    order = np.random.default_rng(align.seed).permutation(n_examples).tolist()
+    return sorted(order[n_heldout:]), order[:n_heldout]
+
+
+def align_proxy(
+    target: Any,
+    proxy: Any,
+    train: Sequence[ExampleT],
+    heldout: Sequence[ExampleT],
+    collate: Callable[[Sequence[ExampleT]], Batch],
+    align: AlignSection,
+    *,
+    scored: Sequence[str],
+    balanced: bool = True,
+    reduction: str = "token_mean",
+) -> Alignment:
+    """Train the factors of a proxy and choose the step to keep.
+
+    With ``align.rebalance``, a proxy that comes in the balanced gauge is brought back to it
+    for each held-out evaluation, because the gauge is part of what scores see, and for good at
+    each epoch's end. The optimizer then starts its averages afresh: its second moments belong
+    to single entries, in a basis that is no longer there.
+
+    Training stops at a loss or gradient that is not finite; what was best until then is kept.
+
+    Args:
+        target: The dense model, frozen.
+        proxy: The proxy, in float32 or better; afterwards it holds the factors of ``chosen``.
+        train: Examples to train on, each with a supervised token.
+        heldout: Examples to choose by, likewise.
+        collate: Makes a batch on the models' device.
+        align: Settings.
+        scored: Layers whose gradients make up scores, those kept dense included.
+        balanced: Whether the proxy comes in the balanced gauge.
+        reduction: Loss of an example, where examples are compared.
+
+    Raises:
+        NumericsError: The objective is not finite before training; the message names the layer.
+    """
+    factorised = Factorised(proxy, align)
+    rebalance = balanced and align.rebalance
+    judge = _Judge(target, factorised, heldout, collate, scored, rebalance, reduction)
+    schedule = _Schedule(len(train), align)
+    start = judge.start()
+    run = Alignment(start, start, schedule.total)
+    run.add_candidate(start, align.select_by)
+    optimizer = _optimizer(factorised)
+    with track(schedule.total, "steps", "alignment") as progress:
+        for step, places in schedule.batches():
+            batch = collate([train[i] for i in places])
+            epoch, lr = schedule.epoch(step), schedule.lr(step)
+            found, norm = _step(judge, factorised, optimizer, batch, lr)
+            if not (found.is_finite and math.isfinite(norm)):
+                run.diverged_at = step
+                break
+            tokens = int(batch.lengths.sum())
+            point = replace(_point(found, step, epoch, "train"), lr=lr, grad_norm=norm)
+            run.add_step(point, tokens, found.n_zero)
+            progress.advance(1, tokens, f"alignment loss {found.loss_ga:.3f}")
+            if schedule.is_judged(step):
+                candidate = judge(step, epoch)
+                if candidate is None:
+                    run.diverged_at = step
+                    break
+                run.add_candidate(candidate, align.select_by)
+            if rebalance and schedule.ends_epoch(step):
+                factorised.put(rebalanced(factorised.copy()))
+                optimizer = _optimizer(factorised)
+    if run.diverged_at is not None:
+        log.warning(
+            "alignment diverged at step %d of %d; kept step %d. A lower align.lr may help",
+            run.diverged_at,
+            run.planned_steps,
+            run.chosen.point.step,
+        )
+    factorised.put(run.chosen.factors)
+    return run
+
+
+def rebalanced(factors: Mapping[str, FactorPair]) -> dict[str, FactorPair]:
+    """The same products in the balanced gauge."""
+    return {name: FactorPair(*balance(*pair)) for name, pair in factors.items()}
+
+
+def mean_objective(found: Sequence[Objective], sizes: Sequence[int]) -> Objective:
+    """Mean over batches, weighted by their numbers of examples; zero gradients left out."""
+    weights = np.array(sizes) / sum(sizes)
+    losses = {
+        name: float(weights @ [getattr(one, name) for one in found])
+        for name in ("loss_ga", "kl", "objective", "proxy_loss", "target_loss")
+    }
+    cosines = torch.stack([one.cosines for one in found]).nanmean(0)
+    return Objective(**losses, cosines=cosines, n_zero=sum(one.n_zero for one in found))
+
+
+def first_not_finite(model: Any, layers: Mapping[str, nn.Linear], batch: Batch) -> str | None:
+    """The layer where a pass first leaves the finite numbers; None if no layer does.
+
+    Args:
+        model: A causal LM.
+        layers: Its linear layers, in model order.
+        batch: Examples to pass through it.
+    """
+    names: list[str] = []
+
+    def check(name: str, tensor: Tensor) -> None:
+        if not bool(tensor.isfinite().all()):
+            names.append(name)
+
+    handles = [
+        layer.register_forward_hook(lambda _, __, output, name=name: check(name, output))
+        for name, layer in layers.items()
+    ]
+    embeds = input_embeddings(model, batch)
+    try:
+        with watch(layers, lambda name, _, output_grads: check(name, output_grads)):
+            losses = example_losses(model, batch, embeds=embeds)
+            torch.autograd.backward(losses.sum(), inputs=[embeds])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return names[0] if names else None
+
+
+class _Schedule:
+    """Which examples each step sees, at what learning rate, and when the proxy is judged."""
+
+    def __init__(self, n_examples: int, align: AlignSection) -> None:
+        self.n_examples, self.align = n_examples, align
+        self.per_epoch = math.ceil(n_examples / align.batch)
+        self.total = max(1, round(align.epochs * self.per_epoch))
+        self.warmup = math.ceil(align.lr_warmup * self.total)
+
+    def batches(self) -> Iterator[tuple[int, list[int]]]:
+        """Each step, from 1, and the places of its examples; a new order each epoch."""
+        rng = np.random.default_rng((self.align.seed, 1))  # another stream than hold_out's
+        order: list[int] = []
+        for step in range(1, self.total + 1):
+            place = (step - 1) % self.per_epoch
+            if place == 0:
+                order = rng.permutation(self.n_examples).tolist()
+            yield step, order[place * self.align.batch : (place + 1) * self.align.batch]
+
+    def lr(self, step: int) -> float:
+        """Learning rate: constant after a linear rise."""
+        return self.align.lr * min(1.0, step / max(1, self.warmup))
+
+    def epoch(self, step: int) -> float:
+        """Passes over the examples after a step."""
+        return step / self.per_epoch
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether a step is an epoch's last."""
+        return step % self.per_epoch == 0
+
+    def is_judged(self, step: int) -> bool:
+        """Whether the proxy is measured on the held-out examples after a step."""
+        every = self.align.evaluate_every or self.per_epoch
+        return step % every == 0 or step == self.total
+
+
+class _Judge(Generic[ExampleT]):
+    """Measures candidates on the held-out examples; the target's geometry is measured once."""
+
+    def __init__(
+        self,
+        target: Any,
+        proxy: Factorised,
+        examples: Sequence[ExampleT],
+        collate: Callable[[Sequence[ExampleT]], Batch],
+        scored: Sequence[str],
+        rebalance: bool,
+        reduction: str,
+    ) -> None:
+        self.target, self.proxy, self.rebalance = target, proxy, rebalance
+        self.examples, self.collate, self.reduction = examples, collate, reduction
+        self.target_layers = {name: find_linear(target, name) for name in scored}
+        self.proxy_layers = scored_linears(proxy.model, LayersSection(include=list(scored)))
+        self.dense = {name: find_linear(target, name) for name in proxy.layers}
+        self.target_gram = torch.empty(0)
+
+    def start(self) -> Candidate:
+        """The proxy before training, exactly as it came.
+
+        Raises:
+            NumericsError: The objective is not finite.
+        """
+        found = self._objective()
+        if not found.is_finite:
+            raise self._broken(found)
+        self.target_gram = self._gram(self.target, self.target_layers)
+        return self._candidate(found, 0, 0.0)
+
+    def __call__(self, step: int, epoch: float) -> Candidate | None:
+        """The proxy as it stands, in the gauge it would be kept in; None if it has diverged."""
+        before = self.proxy.copy()
+        if not all(bool(t.isfinite().all()) for pair in before.values() for t in pair):
+            return None
+        if self.rebalance:
+            self.proxy.put(rebalanced(before))
+        found = self._objective()
+        candidate = self._candidate(found, step, epoch) if found.is_finite else None
+        self.proxy.put(before)
+        return candidate
+
+    def _candidate(self, found: Objective, step: int, epoch: float) -> Candidate:
+        gram = self._gram(self.proxy.model, self.proxy_layers)
+        fidelity = _or_none(gram_agreement(gram, self.target_gram))
+        point = replace(_point(found, step, epoch, "heldout"), fidelity=fidelity)
+        layers = [
+            LayerPoint(step, name, _or_none(left), _or_none(right))
+            for name, (left, right) in zip(self.proxy.layers, found.cosines.tolist(), strict=True)
+        ]
+        return Candidate(self.proxy.copy(), point, layers)
+
+    def _objective(self) -> Objective:
+        found, sizes = [], []
+        size = self.proxy.align.batch
+        for first in range(0, len(self.examples), size):
+            batch = self.collate(self.examples[first : first + size])
+            view = observe(self.target, self.dense, batch, self.proxy.align)
+            found.append(evaluate(self.proxy, batch, view))
+            sizes.append(len(batch.lengths))
+        return mean_objective(found, sizes)
+
+    def _gram(self, model: Any, layers: Mapping[str, nn.Linear]) -> Tensor:
+        compared, chunk = self.examples[:MAX_COMPARED], self.proxy.align.batch
+        return gradient_gram(model, layers, compared, self.collate, chunk, self.reduction)
+
+    def _broken(self, found: Objective) -> NumericsError:
+        batch = self.collate(self.examples)
+        where = "outside the decoder's linear layers"
+        for side, model, layers in (
+            ("target", self.target, self.target_layers),
+            ("proxy", self.proxy.model, self.proxy_layers),
+        ):
+            layer = first_not_finite(model, layers, batch)
+            if layer is not None:
+                where = f"{side}, {layer}"
+                break
+        return NumericsError(
+            "the alignment objective is not finite before training",
+            where=where,
+            value={"loss_ga": found.loss_ga, "kl": found.kl, "proxy_loss": found.proxy_loss},
+            allowed="finite numbers",
+            fix="look for weights or a precision that overflow; float32 is the safe one",
+        )
+
+
+def _step(
+    judge: _Judge, proxy: Factorised, optimizer: torch.optim.Optimizer, batch: Batch, lr: float
+) -> tuple[Objective, float]:
+    """One optimizer step, left out when its gradient is not finite.
+
+    Returns:
+        The objective before the step and the norm of its gradient before clipping.
+    """
+    view = observe(judge.target, judge.dense, batch, proxy.align)
+    found, gradients = gradient(proxy, batch, view)
+    for parameter, one in zip(proxy.parameters, gradients, strict=True):
+        parameter.grad = one
+    norm = float(nn.utils.clip_grad_norm_(proxy.parameters, proxy.align.clip))
+    if math.isfinite(norm) and found.is_finite:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad()
+    return found, norm
+
+
+def _optimizer(proxy: Factorised) -> torch.optim.AdamW:
+    align = proxy.align
+    return torch.optim.AdamW(proxy.parameters, lr=align.lr, weight_decay=align.weight_decay)
+
+
+def _point(found: Objective, step: int, epoch: float, split: Literal["train", "heldout"]) -> Point:
+    return Point(
+        step=step,
+        epoch=epoch,
+        split=split,
+        loss_ga=found.loss_ga,
+        kl=found.kl,
+        objective=found.objective,
+        proxy_loss=found.proxy_loss,
+        target_loss=found.target_loss,
+    )
+
+
+def _beats(new: Point, best: Point, select_by: str) -> bool:
+    """Whether a candidate is kept instead of the best so far; on a tie the earlier one stays."""
+    if select_by == "last":
+        return True
+    if select_by == "objective":
+        assert new.objective is not None
+        assert best.objective is not None
+        return new.objective < best.objective
+    if new.fidelity is None:
+        return False
+    return best.fidelity is None or new.fidelity > best.fidelity
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
