@@ -19,6 +19,7 @@ import resource
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -92,9 +93,10 @@ def run_rule(rule: Any, make: Make) -> None:
     spec = rule.params.spec
     label = f"{spec['stage']} {spec['id'].rsplit('-', 1)[0]}"
     with log_to(rule.log[0], label):
-        from iprox.models.device import set_threads
+        if "torch" in sys.modules:  # a stage that does not use torch does not wait for it
+            from iprox.models.device import set_threads
 
-        set_threads(rule.threads)
+            set_threads(rule.threads)
         folder = Path(rule.output.manifest).parent
         shard = getattr(rule.wildcards, "shard", None)
         run_stage(
@@ -343,6 +345,9 @@ def _peak_memory() -> int:
 
 
 def _device() -> str:
+    """Name of the device the stage ran on."""
+    if "torch" not in sys.modules:
+        return "cpu"
     from iprox.models.device import pick_device
 
     device = pick_device()

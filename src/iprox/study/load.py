@@ -95,7 +95,7 @@ def parse_study(raw: Mapping[str, Any], files: Iterable[Path] = ()) -> Study:
     runs = [
         run
         for name, overrides in (runs_raw or {}).items()
-        for run in _expand_run(name, overrides or {}, own, files)
+        for run in _expand_run(name, overrides, own, files)
     ]
     names = [run.name for run in runs]
     twice = sorted({n for n in names if names.count(n) > 1})
@@ -191,14 +191,9 @@ def _tasks(raw: Any, files: tuple[Path, ...]) -> Any:
 
 
 def _expand_run(
-    name: Any, overrides: Any, own: Mapping[str, Any], files: tuple[Path, ...]
+    name: Any, overrides: Mapping[str, Any], own: Mapping[str, Any], files: tuple[Path, ...]
 ) -> Iterator[Run]:
     """The runs of one entry: one per combination of its grid values, one per random draw."""
-    if not isinstance(overrides, Mapping):
-        raise ConfigError(
-            "a run is not a mapping", where=_place(("runs", name), files), value=overrides,
-            allowed="{proxy: {...}, ...} or {} for the study's own settings",
-        )
     preset_name = overrides.get("preset")
     preset = {} if preset_name is None else _preset(preset_name, f"runs.{name}.preset", files)
     for values, point in _grid(overrides):

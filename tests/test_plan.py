@@ -1,0 +1,173 @@
+"""Identities: what a changed key reruns, what runs share, and what changes nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from iprox.errors import ConfigError
+from iprox.plan.plan import Plan, plan_study
+from iprox.study.load import merge, parse_study
+
+BASE: dict[str, Any] = {
+    "study": "s",
+    "pool": {"path": "pool.jsonl", "limit": 100},
+    "tasks": ["mmlu", "bbh"],
+    "runs": {"a": {}},
+}
+STAGES = (
+    "pool target task split warmup probe decomposition factors proxy query features ranking "
+    "fidelity selection finetune evaluation report"
+).split()
+
+
+def plan(**changes: Any) -> Plan:
+    body = BASE | {"runs": changes.pop("runs")} if "runs" in changes else BASE
+    return plan_study(parse_study(merge(body, changes)))
+
+
+def stages(p: Plan) -> set[tuple[str, str]]:
+    return {key for key in p.nodes if key[0] != "report"}
+
+
+def rerun(**changes: Any) -> list[str]:
+    """Stages that a change of the study makes anew, in order, without the report."""
+    new = stages(plan(**changes)) - stages(plan())
+    return [s for s in STAGES if any(stage == s for stage, _ in new)]
+
+
+AFTER_PROXY = ["query", "features", "ranking", "fidelity", "selection", "finetune", "evaluation"]
+AFTER_RANKING = ["selection", "finetune", "evaluation"]
+
+CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "proxy.sparsity": ({"proxy": {"sparsity": 0.3}}, ["factors", "proxy", *AFTER_PROXY]),
+    "proxy.gauge": ({"proxy": {"gauge": "paper"}}, ["factors", "proxy", *AFTER_PROXY]),
+    "proxy.damping": ({"proxy": {"damping": 0.2}}, ["decomposition", "factors", "proxy", *AFTER_PROXY]),
+    "probe.tokens": ({"probe": {"tokens": 64}}, ["probe", "decomposition", "factors", "proxy", *AFTER_PROXY]),
+    "align.lr": ({"align": {"lr": 1e-4}}, ["proxy", *AFTER_PROXY]),
+    "split.align": ({"split": {"align": 7}}, ["split", "proxy", *AFTER_PROXY]),
+    "split.fidelity": (
+        {"split": {"fidelity": 10}}, ["split", "features", "fidelity"],
+    ),
+    "influence.score": (
+        {"influence": {"score": "dot"}}, ["ranking", "fidelity", *AFTER_RANKING],
+    ),
+    "influence.val_agg": ({"influence": {"val_agg": "mean_unit"}}, AFTER_PROXY),
+    "select.fraction": ({"select": {"fraction": 0.1}}, AFTER_RANKING),
+    "finetune.lr": ({"finetune": {"lr": 1e-4}}, ["finetune", "evaluation"]),
+    "evaluate.seed": ({"evaluate": {"seed": 1}}, ["evaluation"]),
+    "fidelity.bootstrap": ({"fidelity": {"bootstrap": 7}}, ["fidelity"]),
+    "report.examples": ({"report": {"examples": 3}}, []),
+    "shards": ({"shards": 7}, []),
+    "data_dir": ({"data_dir": "/elsewhere"}, []),
+    "study": ({"study": "other"}, []),
+    "pool.limit": (
+        {"pool": {"limit": 90}},
+        ["pool", "split", "warmup", "probe", "decomposition", "factors", "proxy", *AFTER_PROXY],
+    ),
+    "warmup.lr": (
+        {"warmup": {"lr": 1e-4}}, ["warmup", "probe", "decomposition", "factors", "proxy", *AFTER_PROXY],
+    ),
+    "target.dtype": (
+        {"target": {"dtype": "bfloat16"}},
+        ["target", "warmup", "probe", "decomposition", "factors", "proxy", *AFTER_PROXY],
+    ),
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_changed_key_reruns_exactly_what_depends_on_it(key: str) -> None:
+    change, expected = CHANGES[key]
+    assert rerun(**change) == expected
+    assert stages(plan()) == stages(plan(**{}))  # and going back needs nothing new
+
+
+def test_every_section_of_a_run_is_covered_by_the_table_above() -> None:
+    from iprox.study.schema import RunConfig
+
+    sections = {key.split(".")[0] for key in CHANGES} | {"preset", "until", "scorer", "chat"}
+    assert set(RunConfig.model_fields) <= sections
+
+
+def test_a_sweep_shares_everything_upstream() -> None:
+    p = plan(runs={"i": {"proxy": {"sparsity": [0.3, 0.5, 0.7]}}})
+    count = {s: sum(stage == s for stage, _ in p.nodes) for s in STAGES}
+    assert count["warmup"] == count["probe"] == count["decomposition"] == 1
+    assert count["factors"] == count["proxy"] == count["ranking"] == 3
+
+
+def test_runs_that_resolve_to_the_same_stages_are_one_set_of_jobs() -> None:
+    once = plan(runs={"a": {}})
+    twice = plan(runs={"a": {}, "b": {"proxy": {"sparsity": 0.5}}})
+    assert stages(once) == stages(twice)
+
+
+def test_the_target_run_needs_no_proxy_stages() -> None:
+    p = plan(runs={"full": {"proxy": {"kind": "target"}}})
+    assert not {s for s, _ in p.nodes} & {"probe", "decomposition", "factors", "proxy", "fidelity"}
+    features = p.runs["full"].nodes["features"]
+    assert features.parents["model"].stage == "warmup"
+
+
+def test_plain_svd_reads_no_probe() -> None:
+    p = plan(runs={"svd": {"proxy": {"kind": "svd"}}})
+    assert "probe" not in {s for s, _ in p.nodes}
+
+
+def test_fidelity_shares_the_pass_when_the_slice_is_the_pool() -> None:
+    p = plan(split={"fidelity": 100})
+    fidelity = p.runs["a"].nodes["fidelity"]
+    assert fidelity.parents["proxy"] is p.runs["a"].nodes["features"]
+    q = plan(split={"fidelity": 10})
+    assert q.runs["a"].nodes["fidelity"].parents["proxy"] is not q.runs["a"].nodes["features"]
+
+
+def test_a_random_order_trains_one_model_for_all_tasks() -> None:
+    p = plan(runs={"random": {"scorer": {"kind": "random", "draws": 2}}})
+    assert sum(stage == "finetune" for stage, _ in p.nodes) == 2
+    assert sum(stage == "evaluation" for stage, _ in p.nodes) == 2 * 2 + 2  # and the base, twice
+
+
+@pytest.mark.parametrize(
+    ("until", "last"),
+    [("fidelity", "fidelity"), ("ranking", "ranking"), ("selection", "selection")],
+)
+def test_until_stops_a_run(until: str, last: str) -> None:
+    p = plan(until=until)
+    after = STAGES[STAGES.index("evaluation")]
+    assert last in p.runs["a"].nodes
+    assert after not in {s for s, _ in p.nodes}
+
+
+def test_the_papers_rule_for_the_probe_depends_on_the_sparsity() -> None:
+    p = plan(preset="paper", runs={"i": {"proxy": {"sparsity": [0.3, 0.7]}}})
+    assert sum(stage == "probe" for stage, _ in p.nodes) == 2
+
+
+def test_order_of_keys_changes_nothing() -> None:
+    assert stages(plan(proxy={"damping": 0.2, "gauge": "paper"})) == stages(
+        plan(proxy={"gauge": "paper", "damping": 0.2})
+    )
+
+
+def test_an_unknown_id_lists_the_valid_ones() -> None:
+    p = plan()
+    with pytest.raises(ConfigError, match=p.runs["a"].nodes["proxy"].id):
+        p.node("proxy", "ipsvd-0.5-0000000000")
+
+
+def test_identities_are_stable() -> None:
+    # A changed identity orphans every user's results: this value may change only on purpose.
+    assert plan().shared["pool"].id == "pool-100-c2414485a6"
+
+
+def test_planning_imports_neither_torch_nor_snakemake() -> None:
+    probe = (
+        "import sys, iprox.plan.plan, iprox.cli.plan; "
+        "print([m for m in ('torch', 'snakemake', 'pandas', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

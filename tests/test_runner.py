@@ -1,0 +1,231 @@
+"""The content store: reuse, early cut-off, damage, kills, and shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from iprox.errors import ArtifactError
+from iprox.store.job import Job, Metrics
+from iprox.store.manifest import check, list_files, read_manifest
+from iprox.store.runner import Request, gather, run_stage
+from iprox.store.tables import write_table
+
+
+class Stage:
+    """A stage function that counts how often it is run."""
+
+    def __init__(self, text: str = "result") -> None:
+        self.text, self.calls = text, 0
+
+    def __call__(self, job: Job) -> Metrics:
+        self.calls += 1
+        (job.out / "deep").mkdir()
+        (job.out / "deep" / "a.txt").write_text(self.text)
+        (job.out / "b.txt").write_text(json.dumps(job.params, sort_keys=True))
+        return {"tokens": 3}
+
+
+def request(tmp_path: Path, name: str = "x", code: str = "c0", **changes: Any) -> Request:
+    params = changes.pop("params", {"section": {"k": 1}})
+    spec = {"id": name, "params": params, "parents": {}, "stage": "toy"}
+    base: dict[str, Any] = dict(
+        spec=spec, code=code, parents={}, folder=tmp_path / "results/toy" / name,
+        store=tmp_path / "results/.objects", data_dir=tmp_path,
+    )
+    return Request(**(base | changes))
+
+
+def test_equal_work_is_done_once(tmp_path: Path) -> None:
+    stage = Stage()
+    first = run_stage(stage, request(tmp_path))
+    second = run_stage(stage, request(tmp_path, "y"))
+    assert stage.calls == 1
+    assert first.read_bytes() == second.read_bytes()
+    assert json.loads((second.parent / "spec.json").read_text())["id"] == "y"
+
+
+@pytest.mark.parametrize("change", [{"code": "c1"}, {"params": {"section": {"k": 2}}}])
+def test_code_and_parameters_are_part_of_the_key(tmp_path: Path, change: dict[str, Any]) -> None:
+    stage = Stage()
+    run_stage(stage, request(tmp_path))
+    run_stage(stage, request(tmp_path, **change))
+    assert stage.calls == 2
+    run_stage(stage, request(tmp_path))  # going back
+    assert stage.calls == 2
+
+
+def test_a_parent_that_reran_to_equal_bytes_changes_nothing_after_it(tmp_path: Path) -> None:
+    child = Stage("child")
+    up = request(tmp_path, "up")
+    run_stage(Stage("same"), up)
+    run_stage(child, request(tmp_path, "down", parents={"up": up.folder}))
+    run_stage(Stage("same"), request(tmp_path, "up", code="c1"))
+    run_stage(child, request(tmp_path, "down", parents={"up": up.folder}))
+    assert child.calls == 1
+    run_stage(Stage("different"), request(tmp_path, "up", code="c2"))
+    run_stage(child, request(tmp_path, "down", parents={"up": up.folder}))
+    assert child.calls == 2
+
+
+def test_an_edited_input_file_is_seen(tmp_path: Path) -> None:
+    stage = Stage()
+    (tmp_path / "pool.jsonl").write_text("1")
+    ask = request(tmp_path, params={"pool": {"path": "pool.jsonl"}})
+    run_stage(stage, ask)
+    run_stage(stage, ask)
+    assert stage.calls == 1
+    (tmp_path / "pool.jsonl").write_text("2")
+    run_stage(stage, ask)
+    assert stage.calls == 2
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda p: (p.chmod(0o644), os.truncate(p, 2))])
+def test_a_damaged_parent_is_found_before_it_is_used(tmp_path: Path, damage: Any) -> None:
+    up = request(tmp_path, "up")
+    run_stage(Stage(), up)
+    damage(up.folder / "deep" / "a.txt")
+    child = Stage()
+    with pytest.raises(ArtifactError, match=r"a\.txt"):
+        run_stage(child, request(tmp_path, "down", parents={"up": up.folder}))
+    assert child.calls == 0
+
+
+def test_a_damaged_kept_result_is_made_again(tmp_path: Path) -> None:
+    stage = Stage()
+    ask = request(tmp_path)
+    run_stage(stage, ask)
+    flip(ask.folder / "b.txt")  # a hard link: the kept copy is damaged too
+    run_stage(stage, ask)
+    assert stage.calls == 2
+    check(ask.folder)
+
+
+def test_files_of_an_older_result_do_not_stay(tmp_path: Path) -> None:
+    ask = request(tmp_path)
+    run_stage(Stage(), ask)
+    stray = ask.folder / "stray.txt"
+    stray.write_text("old")
+    run_stage(Stage(), request(tmp_path, code="c1"))
+    assert not stray.exists()
+
+
+def test_outputs_are_read_only_and_share_the_stores_bytes(tmp_path: Path) -> None:
+    ask = request(tmp_path)
+    run_stage(Stage(), ask)
+    stat = (ask.folder / "b.txt").stat()
+    assert stat.st_mode & 0o222 == 0
+    assert stat.st_nlink == 2
+
+
+def test_a_stage_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fails(job: Job) -> Metrics:
+        (job.out / "half.txt").write_text("half")
+        raise ValueError("no")
+
+    ask = request(tmp_path)
+    with pytest.raises(ValueError, match="no"):
+        run_stage(fails, ask)
+    assert not ask.folder.exists()
+    assert list_files(ask.store) == []
+
+
+def test_a_stage_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="without writing"):
+        run_stage(lambda job: {}, request(tmp_path))
+
+
+def test_a_killed_job_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    program = textwrap.dedent(
+        """
+        import os, signal, sys
+        from pathlib import Path
+        from iprox.store import runner
+        root = Path(sys.argv[1])
+        def make(job):
+            (job.out / "b.txt").write_text("half")
+            if sys.argv[2] == "make": os.kill(os.getpid(), signal.SIGKILL)
+            return {}
+        if sys.argv[2] == "link":
+            runner._link = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+        spec = {"id": "x", "params": {}, "parents": {}, "stage": "toy"}
+        runner.run_stage(make, runner.Request(spec=spec, code="c", parents={}, data_dir=root,
+            folder=root / "results/toy/x", store=root / "results/.objects"))
+        """
+    )
+    for moment in ("make", "link"):
+        done = subprocess.run([sys.executable, "-c", program, str(tmp_path), moment])
+        assert done.returncode == -signal.SIGKILL
+        assert not (tmp_path / "results/toy/x/manifest.json").exists()
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path), "never"], check=True)
+    assert check(tmp_path / "results/toy/x").files.keys() == {"b.txt"}
+
+
+def shard_stage(job: Job) -> Metrics:
+    assert job.rows is not None
+    out = job.out / "shard.zarr"
+    out.mkdir()
+    (out / "zarr.json").write_text(json.dumps(list(range(*job.rows))))
+    return {"examples": job.rows[1] - job.rows[0]}
+
+
+def cut(tmp_path: Path, total: int) -> list[int]:
+    pool = request(tmp_path, "pool")
+    if not pool.folder.exists():
+        def make(job: Job) -> Metrics:
+            write_table(job.out / "pool.parquet", pd.DataFrame({"example_id": range(10)}))
+            return {}
+
+        run_stage(make, pool)
+    asks = [
+        request(tmp_path, "features", parents={"pool": pool.folder}, shard=(i, total))
+        for i in range(total)
+    ]
+    manifests = [run_stage(shard_stage, ask) for ask in asks]
+    gather(asks[0].folder, manifests, asks[0].spec)
+    rows = []
+    for path in sorted(asks[0].folder.glob("shard-*.zarr")):
+        rows += json.loads((path / "zarr.json").read_text())
+    return rows
+
+
+def test_shards_cover_the_pool_whatever_their_number(tmp_path: Path) -> None:
+    for total in (4, 3, 1, 10):
+        assert cut(tmp_path, total) == list(range(10))
+        folder = tmp_path / "results/toy/features"
+        assert len(list(folder.glob("shard-*.zarr"))) == total
+        check(folder)
+        made = json.loads((folder / "provenance.json").read_text())
+        assert made["metrics"]["examples"] == 10
+
+
+def test_gathering_finds_a_damaged_shard(tmp_path: Path) -> None:
+    cut(tmp_path, 2)
+    folder = tmp_path / "results/toy/features"
+    flip(folder / "shard-00001.zarr" / "zarr.json")
+    with pytest.raises(ArtifactError, match="shard-00001"):
+        gather(folder, sorted(folder.glob("shard-*.manifest.json")), {"stage": "toy"})
+
+
+def test_a_manifest_says_nothing_about_when_or_where(tmp_path: Path) -> None:
+    ask = request(tmp_path)
+    run_stage(Stage(), ask)
+    text = (ask.folder / "manifest.json").read_text()
+    assert set(json.loads(text)) == {"content", "files", "stage"}
+    assert read_manifest(ask.folder / "manifest.json").stage == "toy"
