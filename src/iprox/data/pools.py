@@ -496,7 +496,7 @@ def _identified(parsed: Iterable[tuple[Row, tuple[Message, ...]]], label: str) -
     candidates: list[Candidate] = []
     unnamed: dict[str, list[int]] = {}
     for row, messages in parsed:
-        example_id = _explicit_id(row)
+        example_id = explicit_id(row)
         if not example_id:
             example_id = content_id(label, messages)
             unnamed.setdefault(example_id, []).append(len(candidates))
@@ -510,7 +510,12 @@ def _identified(parsed: Iterable[tuple[Row, tuple[Message, ...]]], label: str) -
     return candidates
 
 
-def _explicit_id(row: Row) -> str:
+def explicit_id(row: Row) -> str:
+    """A record's own id, from its field ``id`` or ``example_id``; empty if it has none.
+
+    Raises:
+        DataError: The id is neither text nor an integer.
+    """
     for field in ID_FIELDS:
         value = row.fields.get(field)
         if value is None or value == "":

@@ -1,0 +1,69 @@
+"""Tasks made of conversations: any file a pool can be read from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from iprox.data.items import Item, Task, divide, draw_test, refuse_prompts, task_facts, task_file
+from iprox.data.pools import Candidate, Message, read_candidates
+from iprox.data.sources import Source
+from iprox.errors import ConfigError
+from iprox.study.schema import TaskSection
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """An example of any pool; its last assistant turn is the completion."""
+
+    example_id: str
+    subtask: str
+    messages: tuple[Message, ...]
+
+
+def build(section: TaskSection, data_dir: Path) -> Task:
+    """Queries and test items of a file of conversations; all are measured by their loss.
+
+    An example's subtask is its field ``subtask``, else its ``category``, else the task's name.
+
+    Raises:
+        ConfigError: A key is missing or does not go with this kind.
+        DataError: A file or record cannot be used, or there are fewer examples than asked for.
+    """
+    refuse_prompts(section)
+    if section.shots:
+        raise ConfigError(
+            "a task of kind messages has no worked examples",
+            where=f"tasks.{section.name}.shots",
+            value=section.shots,
+            allowed="0",
+        )
+    development, dropped = _conversations(section, "path", data_dir)
+    queries, heldout, _ = divide(section, development)
+    tested = list(heldout)
+    if section.test is not None:
+        items, dropped_test = _conversations(section, "test", data_dir)
+        tested += draw_test(section, items, [*queries, *heldout])
+        dropped += dropped_test
+
+    def item(c: Conversation) -> Item:
+        return Item(c.example_id, c.subtask, c.messages, prefix="", eos=True)
+
+    asked, test = [item(c) for c in queries], [item(c) for c in tested]
+    return Task(asked, test, task_facts(section, str(section.path), asked, test, dropped))
+
+
+def _conversations(
+    section: TaskSection, key: str, data_dir: Path
+) -> tuple[list[Conversation], int]:
+    """Examples with a response, and the number left out for having none."""
+    relative, path = task_file(section, key, data_dir)
+    candidates, _ = read_candidates(Source(section.name, relative, ((relative, path),)))
+    usable = [c for c in candidates if c.has_response]
+    found = [Conversation(c.example_id, _subtask(c) or section.name, c.messages) for c in usable]
+    return sorted(found, key=lambda c: (c.subtask, c.example_id)), len(candidates) - len(usable)
+
+
+def _subtask(candidate: Candidate) -> str:
+    subtask = candidate.row.fields.get("subtask")
+    return subtask if isinstance(subtask, str) and subtask else candidate.category
