@@ -1,0 +1,613 @@
+"""What is in each kind of artifact and file, as facts and tables.
+
+``STAGE_VIEWS`` names, for every stage, the files it is looked at through and the function that
+does it; ``FILE_VIEWS`` does the same for any file by its ending. A new kind is one entry.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatch
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from iprox.cli.artifact import read_json
+from iprox.cli.render import Facts, Table, cut, human_bytes
+from iprox.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Blocks = Iterator[Facts | Table]
+View = Callable[[Path, int], Blocks]
+
+EXAMPLES = 3
+"""Examples shown in full sentences: enough to see what the data look like."""
+
+
+def stage_blocks(stage: str, folder: Path, rows: int) -> Blocks:
+    """The tables of one stage folder; a file that is absent is said to be.
+
+    Args:
+        stage: Name of the stage.
+        folder: Its folder.
+        rows: Rows shown per table.
+    """
+    for pattern, view in STAGE_VIEWS.get(stage, ()):
+        found = [folder] if pattern == "." else sorted(folder.glob(pattern))
+        if not found:
+            yield Facts(pattern, {"file": "absent"})
+        for path in found:
+            yield from view(path, rows)
+
+
+def path_blocks(stage: str, folder: Path, inner: Path, rows: int) -> Blocks:
+    """The tables of one file inside a stage folder: the stage's own view of it, or by its kind."""
+    for pattern, view in STAGE_VIEWS.get(stage, ()):
+        if fnmatch(inner.as_posix(), pattern):
+            yield from view(folder / inner, rows)
+            return
+    yield from file_blocks(folder / inner, rows)
+
+
+def file_blocks(path: Path, rows: int) -> Blocks:
+    """The tables of any file or store, by its ending.
+
+    Raises:
+        ArtifactError: Nothing is known about this kind of file.
+    """
+    if (path / "zarr.json").is_file():
+        return store(path, rows)
+    if (path / "config.json").is_file():
+        return model(path, rows)
+    if path.is_dir():
+        return listing(path, rows)
+    view = FILE_VIEWS.get(path.suffix)
+    if view is None:
+        raise ArtifactError(
+            "this kind of file cannot be shown",
+            where=path,
+            value=path.suffix or path.name,
+            allowed=", ".join(sorted(FILE_VIEWS)),
+        )
+    return view(path, rows)
+
+
+# --- data ------------------------------------------------------------------------------------
+
+
+def pool(path: Path, rows: int) -> Blocks:
+    """Counts, lengths and three examples of a candidate pool."""
+    table = _read(path)
+    lengths = table["messages"].map(lambda turns: sum(len(turn["content"]) for turn in turns))
+    turns = table["messages"].map(len)
+    yield Facts(
+        "pool",
+        {
+            "examples": len(table),
+            "distinct texts": _distinct(table, "text_hash"),
+            **{f"characters, {name}": n for name, n in _quantiles(lengths).items()},
+            "turns": f"{turns.min()} to {turns.max()}" if len(table) else None,
+        },
+    )
+    yield from _metadata(path)
+    for column in ("source", "category"):
+        yield from _counts(table, [column], rows)
+    yield _examples(table)
+
+
+def queries(path: Path, rows: int) -> Blocks:
+    """Queries by subtask, and three of them."""
+    table = _read(path)
+    unsupervised = int((table["prefix"] != "").sum()) if "prefix" in table else None
+    yield Facts("queries", {"queries": len(table), "with an unsupervised prefix": unsupervised})
+    yield from _metadata(path)
+    yield from _counts(table, ["subtask"], rows, "queries per subtask")
+    yield _examples(table, "examples of queries")
+
+
+def test_items(path: Path, rows: int) -> Blocks:
+    """Test items by kind and subtask, and three of them."""
+    table = _read(path)
+    yield Facts("test", {"items": len(table)})
+    yield from _counts(table, ["kind", "subtask"], rows, "test items per kind and subtask")
+    yield _examples(table, "examples of test items")
+
+
+def split(path: Path, rows: int) -> Blocks:
+    """How many examples are in which split, and the first of each."""
+    table = _read(path)
+    yield from _metadata(path)
+    yield from _counts(table, ["split"], rows, "examples per split")
+    yield _head(table, rows, "split")
+
+
+def ranking(path: Path, rows: int) -> Blocks:
+    """Settings, and both ends of every task's ranking."""
+    table = _read(path)
+    yield from _metadata(path)
+    for task, group in table.groupby("task", sort=True):
+        finite = group["score"].dropna()
+        ends = (finite.min(), finite.median(), finite.max()) if len(finite) else (None,) * 3
+        names = ("lowest score", "median score", "highest score")
+        without = {"without a score": len(group) - len(finite)}
+        yield Facts(
+            f"{task}", {"examples": len(group), **dict(zip(names, ends, strict=True))} | without
+        )
+        shown = group.sort_values("rank")[["rank", "example_id", "score"]]
+        yield _frame(shown.head(rows), f"{task}: first")
+        yield _frame(shown.tail(rows), f"{task}: last")
+
+
+def selection(path: Path, rows: int) -> Blocks:
+    """How many examples each task keeps, and the best of them."""
+    table = _read(path)
+    kept = {"rows": len(table), "distinct examples": _distinct(table, "example_id")}
+    yield Facts("selection", kept)
+    yield from _counts(table, ["task"], rows, "examples per task")
+    yield _head(table, rows, "selection")
+
+
+def items(path: Path, rows: int) -> Blocks:
+    """Test items of an evaluation: means of what was measured, and the first rows."""
+    table = _read(path)
+    measured = [c for c in table.columns if table[c].dtype.kind in "fb"]
+    yield Facts("items", {"items": len(table)} | {f"mean {c}": table[c].mean() for c in measured})
+    yield _head(table, rows, "items")
+
+
+# --- models ----------------------------------------------------------------------------------
+
+_SIZES = (
+    "architectures",
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+)
+
+
+def model(path: Path, rows: int) -> Blocks:
+    """Architecture, parameters and, for a proxy, ranks of a model folder."""
+    config = read_json(path / "config.json")
+    tensors = [t for file in sorted(path.glob("*.safetensors")) for t in tensor_headers(file)]
+    facts = {name.replace("_", " "): config.get(name) for name in _SIZES if name in config}
+    yield Facts(
+        "model",
+        facts
+        | {
+            "parameters": sum(math.prod(shape) for _, shape, _ in tensors) or "absent",
+            "dtype": sorted({dtype for _, _, dtype in tensors}),
+            "tokenizer": "yes" if (path / "tokenizer.json").is_file() else "absent",
+        },
+    )
+    about = read_json(path / "proxy.json")
+    if about:
+        yield from _ranks(about)
+
+
+def _ranks(about: Mapping[str, Any]) -> Blocks:
+    """Ranks of a proxy's layers, summed up by the layer's name within its block."""
+    ranks = about.get("ranks", {})
+    by_kind: dict[str, list[int]] = {}
+    for layer, rank in ranks.items():
+        by_kind.setdefault(layer.rsplit(".", 1)[-1], []).append(rank)
+    others = {key: value for key, value in about.items() if key != "ranks"}
+    yield Facts("proxy", {"factorised layers": len(ranks), **others})
+    rows = [[kind, len(r), min(r), max(r)] for kind, r in sorted(by_kind.items())]
+    yield Table("ranks", ["layer", "layers", "lowest rank", "highest rank"], rows)
+
+
+def training_log(path: Path, rows: int) -> Blocks:
+    """First and last losses of a training log."""
+    table = _read(path)
+    yield Facts(path.name, {"steps": len(table)})
+    yield from _metadata(path)
+    yield _frame(table.head(1), f"{path.name}: first")
+    yield _frame(table.tail(rows), f"{path.name}: last")
+
+
+def tensor_headers(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and dtype of every tensor in a safetensors file, without reading any.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as handle:
+            slices = {name: handle.get_slice(name) for name in sorted(handle.keys())}
+            return [(n, tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices.items()]
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError("tensors cannot be read", where=path, value=str(error)) from None
+
+
+def tensors(path: Path, rows: int) -> Blocks:
+    """Shapes and dtypes of a safetensors file, and its settings."""
+    headers = tensor_headers(path)
+    facts = {"tensors": len(headers), "numbers": sum(math.prod(shape) for _, shape, _ in headers)}
+    yield Facts(path.name, {**facts, "size": human_bytes(path.stat().st_size)})
+    yield from _settings(path)
+    table = [[name, _shape(shape), dtype] for name, shape, dtype in headers]
+    yield _some(path.name, ["tensor", "shape", "dtype"], table, rows)
+
+
+def _settings(path: Path) -> Blocks:
+    """Settings in the metadata of a safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as handle:
+        metadata = dict(handle.metadata() or {})
+    text = metadata.pop("iprox", "{}")
+    try:
+        settings = json.loads(text)
+    except ValueError:
+        settings = {"iprox": text}
+    if settings or metadata:
+        yield Facts(f"{path.name}: settings", {**metadata, **flat(settings)})
+
+
+# --- stores ----------------------------------------------------------------------------------
+
+
+def store(path: Path, rows: int) -> Blocks:
+    """Attributes and arrays of a Zarr store."""
+    from iprox.store.arrays import open_store
+
+    group = open_store(path)
+    attrs = dict(group.attrs)
+    yield Facts(path.name, {"size": human_bytes(_folder_bytes(path)), **_small(attrs)})
+    yield from _attribute_tables(attrs, rows)
+    arrays = [_array_row(name, array) for name, array in _arrays(group)]
+    columns = ["array", "shape", "dimensions", "dtype"]
+    yield _some(f"{path.name}: arrays", columns, arrays, rows)
+
+
+def spectra(path: Path, rows: int) -> Blocks:
+    """Layers of a decomposition: shape, damping, kernel, error floor and largest singular value."""
+    from iprox.store.arrays import open_store
+
+    group = open_store(path)
+    yield Facts(path.name, {"size": human_bytes(_folder_bytes(path)), **_small(dict(group.attrs))})
+    layers = []
+    for name, array in _arrays(group):
+        top = float(array[0]) if array.shape and array.shape[0] else None
+        about = {"layer": name.split("/", 1)[-1], "values": array.shape[0], "largest": top}
+        layers.append(about | dict(array.attrs))
+    yield _records(layers, rows, "layers")
+
+
+def layers(path: Path, rows: int) -> Blocks:
+    """Layers of a set of factors: shape, rank, error and kernel, and totals."""
+    table = _read(path)
+    totals: dict[str, Any] = {"layers": len(table)}
+    if "kept_dense" in table:
+        totals["kept dense"] = int(table["kept_dense"].sum())
+    if {"parameters", "parameters_dense"} <= set(table.columns):
+        after, before = int(table["parameters"].sum()), int(table["parameters_dense"].sum())
+        totals |= {"parameters": after, "parameters before": before}
+        totals["sparsity"] = 1 - after / before if before else None
+    yield Facts("totals", totals)
+    yield from _metadata(path)
+    yield _head(table, rows, "layers")
+
+
+def shards(path: Path, rows: int) -> Blocks:
+    """Examples, tokens and arrays of one shard, and the kernel that each kind of layer used."""
+    from iprox.store.arrays import open_store
+
+    group = open_store(path)
+    n_examples = next((a.shape[0] for n, a in _arrays(group) if n.endswith("example_id")), None)
+    tokens = next((a for n, a in _arrays(group) if n in ("tokens", "n_tokens")), None)
+    counted = {"examples": n_examples}
+    if tokens is not None:
+        counted["tokens"] = int(tokens[...].sum())
+    attrs = dict(group.attrs)
+    yield Facts(path.name, counted | _small(attrs))
+    yield from _attribute_tables(attrs, rows)
+    arrays = [_array_row(name, array) for name, array in _arrays(group)]
+    yield _some(f"{path.name}: arrays", ["array", "shape", "dimensions", "dtype"], arrays, rows)
+
+
+def query_gradients(path: Path, rows: int) -> Blocks:
+    """Shape and norm of each layer's query gradient, and the totals."""
+    import numpy as np
+
+    from iprox.store.arrays import open_store
+
+    group = open_store(path)
+    attrs = dict(group.attrs)
+    yield Facts(path.name, {"size": human_bytes(_folder_bytes(path)), **_small(attrs)})
+    yield from _attribute_tables(attrs, rows)
+    table = []
+    for name, array in _arrays(group):
+        numbers = array.dtype.kind == "f" if hasattr(array.dtype, "kind") else False
+        norm = float(np.linalg.norm(array[...].astype("float64"))) if numbers else None
+        table.append([*_array_row(name, array), norm])
+    columns = ["array", "shape", "dimensions", "dtype", "norm"]
+    yield _some(f"{path.name}: arrays", columns, table, rows)
+
+
+def _arrays(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Path and array of every array below a group, sorted."""
+    for name, array in sorted(group.arrays()):
+        yield f"{prefix}{name}", array
+    for name, child in sorted(group.groups()):
+        yield from _arrays(child, f"{prefix}{name}/")
+
+
+def _array_row(name: str, array: Any) -> list[Any]:
+    dims = ", ".join(str(d) for d in array.metadata.dimension_names or ())
+    return [name, _shape(array.shape), dims, str(array.dtype)]
+
+
+def _attribute_tables(attrs: Mapping[str, Any], rows: int) -> Blocks:
+    """Attributes that are lists of mappings, or mappings of mappings, as tables of their own."""
+    for key, value in attrs.items():
+        if _is_records(value):
+            yield _records(value, rows, key)
+        elif _is_nested(value):
+            yield _records([{"name": k} | v for k, v in value.items()], rows, key)
+
+
+def _small(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes that are not tables, by dotted key."""
+    return flat({k: v for k, v in attrs.items() if not _is_records(v) and not _is_nested(v)})
+
+
+def _is_records(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+
+
+def _is_nested(value: Any) -> bool:
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(v, dict) for v in value.values())
+
+
+# --- plain files -----------------------------------------------------------------------------
+
+
+def parquet(path: Path, rows: int) -> Blocks:
+    """Columns, metadata and first rows of any table."""
+    from iprox.store.tables import read_arrow
+
+    table = read_arrow(path)
+    facts = {"rows": table.num_rows, "size": human_bytes(path.stat().st_size)}
+    yield Facts(path.name, facts)
+    yield from _metadata(path)
+    columns = [[column.name, str(column.type)] for column in table.schema]
+    yield Table("columns", ["column", "type"], columns)
+    yield _head(table.slice(0, rows).to_pandas(), rows, "first rows", total=table.num_rows)
+
+
+def json_file(path: Path, rows: int) -> Blocks:
+    """Keys and values of a JSON file; nested ones by dotted key."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError("a file is not JSON", where=path, value=str(error)) from None
+    values = flat(content) if isinstance(content, dict) else {"value": content}
+    kept = dict(list(values.items())[: max(rows, 1) * 20])
+    note = {"...": f"{len(values) - len(kept)} more"} if len(kept) < len(values) else {}
+    yield Facts(path.name, kept | note)
+
+
+def jsonl(path: Path, rows: int) -> Blocks:
+    """Number of lines and the first of them."""
+    first: list[dict[str, Any]] = []
+    count = 0
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            count += 1
+            if len(first) < rows:
+                first.append(_json_line(line, path, count))
+    yield Facts(path.name, {"lines": count})
+    yield _records(first, rows, "first lines", total=count)
+
+
+def _json_line(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        raise ArtifactError("not JSON", where=f"{path}:{number}", value=str(error)) from None
+    return content if isinstance(content, dict) else {"value": content}
+
+
+def metrics(path: Path, rows: int) -> Blocks:
+    """Metrics of an evaluation: value, interval and number of items each."""
+    content = read_json(path)
+    measured = {k: v for k, v in content.items() if isinstance(v, dict) and "value" in v}
+    others = {k: v for k, v in content.items() if k not in measured}
+    yield _records([{"metric": k} | v for k, v in measured.items()], len(measured), "metrics")
+    if others:
+        yield Facts("about", flat(others))
+
+
+def text(path: Path, rows: int) -> Blocks:
+    """First lines of a text file."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        kept = [[number, cut(line, 140)] for number, line in enumerate(islice(lines, rows), 1)]
+    yield Table(path.name, ["line", "text"], kept)
+
+
+def listing(path: Path, rows: int) -> Blocks:
+    """Files below a folder."""
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    table = [[p.relative_to(path).as_posix(), human_bytes(p.stat().st_size)] for p in files]
+    yield _some(path.name, ["file", "size"], table, rows)
+
+
+def to_open(path: Path, rows: int) -> Blocks:
+    """Files of a report that a person opens."""
+    kinds = ("index.html", "tables/*", "figures/*")
+    files = [p for kind in kinds for p in sorted(path.glob(kind)) if p.is_file()]
+    table = [[str(p), human_bytes(p.stat().st_size)] for p in files]
+    yield Table("to open", ["file", "size"], table)
+
+
+def whole_table(path: Path, rows: int) -> Blocks:
+    """All rows of a small table."""
+    yield from _metadata(path)
+    table = _read(path)
+    yield _head(table, max(rows, 200), path.stem)
+
+
+def first_lines(path: Path, rows: int) -> Blocks:
+    """Three lines of a file of examples."""
+    return jsonl(path, min(rows, EXAMPLES))
+
+
+def decomposed(path: Path, rows: int) -> Blocks:
+    """Size of the directions; the layers stand in the spectra."""
+    headers = tensor_headers(path)
+    numbers = sum(math.prod(shape) for _, shape, _ in headers)
+    yield Facts(path.name, {"tensors": len(headers), "numbers": numbers})
+    yield from _settings(path)
+
+
+STAGE_VIEWS: dict[str, tuple[tuple[str, View], ...]] = {
+    "pool": (("pool.parquet", pool),),
+    "task": (("queries.parquet", queries), ("test.parquet", test_items)),
+    "target": ((".", model),),
+    "split": (("split.parquet", split),),
+    "warmup": ((".", model), ("log.parquet", training_log)),
+    "probe": (("probe.zarr", store),),
+    "decomposition": (("spectra.zarr", spectra), ("directions.safetensors", decomposed)),
+    "factors": (("layers.parquet", layers), ("factors.safetensors", decomposed)),
+    "proxy": ((".", model), ("alignment.parquet", training_log)),
+    "curvature": (("curvature.zarr", store),),
+    "query": (("query.zarr", query_gradients),),
+    "features": (("shard-*.zarr", shards),),
+    "ranking": (("ranking.parquet", ranking),),
+    "fidelity": (("fidelity.parquet", whole_table),),
+    "selection": (("selection.parquet", selection), ("selected.jsonl", first_lines)),
+    "finetune": ((".", model), ("log.parquet", training_log)),
+    "evaluation": (("metrics.json", metrics), ("items.parquet", items)),
+    "report": ((".", to_open),),
+}
+
+TEXTS = (".csv", ".html", ".jinja", ".log", ".md", ".svg", ".tex", ".txt", ".yaml")
+
+FILE_VIEWS: dict[str, View] = {
+    **dict.fromkeys(TEXTS, text),
+    ".parquet": parquet,
+    ".safetensors": tensors,
+    ".json": json_file,
+    ".jsonl": jsonl,
+}
+
+
+# --- helpers ---------------------------------------------------------------------------------
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys, empty mappings kept."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
+
+
+def _read(path: Path) -> pd.DataFrame:
+    from iprox.store.tables import read_table
+
+    return read_table(path)
+
+
+def _metadata(path: Path) -> Blocks:
+    from iprox.store.tables import read_metadata
+
+    settings = read_metadata(path)
+    if settings:
+        yield Facts(f"{path.name}: settings", flat(settings))
+
+
+def _distinct(table: pd.DataFrame, column: str) -> int | None:
+    return int(table[column].nunique()) if column in table else None
+
+
+def _quantiles(values: pd.Series) -> dict[str, Any]:
+    names = {"shortest": 0.0, "median": 0.5, "90 %": 0.9, "longest": 1.0}
+    return {name: int(values.quantile(q)) for name, q in names.items()} if len(values) else {}
+
+
+def _counts(table: pd.DataFrame, columns: list[str], rows: int, title: str = "") -> Blocks:
+    """How often each value (or combination) occurs, most frequent first."""
+    known = [column for column in columns if column in table]
+    if not known:
+        return
+    counts = table.groupby(known, sort=True, dropna=False).size()
+    ordered = counts.sort_values(ascending=False, kind="stable").reset_index()
+    body = ordered.to_numpy(dtype=object).tolist()
+    yield _some(title or f"examples per {known[0]}", [*known, "examples"], body, rows)
+
+
+def _examples(table: pd.DataFrame, title: str = "examples") -> Table:
+    """Three examples: the first request and the last response, cut."""
+    body = []
+    for row in table.head(EXAMPLES).to_dict("records"):
+        turns = list(row["messages"])
+        last = turns[-1]["content"] if len(turns) > 1 else row.get("answer", "")
+        body.append([row["example_id"], cut(turns[0]["content"], 100), cut(str(last), 100)])
+    return Table(title, ["example_id", "first turn", "last turn"], body)
+
+
+def _head(table: pd.DataFrame, rows: int, title: str, total: int | None = None) -> Table:
+    return _frame(table.head(rows), title, len(table) if total is None else total)
+
+
+def _frame(table: pd.DataFrame, title: str, total: int | None = None) -> Table:
+    """A data frame, long texts cut; the note says how many rows are not shown."""
+    body = [[_cell(value) for value in row] for row in table.to_numpy(dtype=object).tolist()]
+    return Table(title, [str(c) for c in table.columns], body, _more(len(body), total))
+
+
+def _records(
+    records: Iterable[Mapping[str, Any]], rows: int, title: str, total: int | None = None
+) -> Table:
+    """Mappings as rows; a key that some lack is empty there."""
+    listed = list(records)
+    columns = list(dict.fromkeys(key for record in listed for key in record))
+    body = [[_cell(record.get(column)) for column in columns] for record in listed[:rows]]
+    return Table(title, columns, body, _more(len(body), len(listed) if total is None else total))
+
+
+def _some(title: str, columns: list[str], body: list[list[Any]], rows: int) -> Table:
+    return Table(title, columns, body[:rows], _more(len(body[:rows]), len(body)))
+
+
+def _more(shown: int, total: int | None) -> str:
+    left = 0 if total is None else total - shown
+    return f"{left:,} more rows; --rows N shows more" if left > 0 else ""
+
+
+def _cell(value: Any) -> Any:
+    """A value of a table, short enough for a cell."""
+    if isinstance(value, str):
+        return cut(value)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | dict):
+        return cut(json.dumps(value, ensure_ascii=False, default=str))
+    return value
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return f"({', '.join(str(n) for n in shape)})"
+
+
+def _folder_bytes(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
