@@ -7,32 +7,61 @@ During the backward pass each layer's output gradient arrives; the visitor then 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from iprox.engine.loss import Batch, example_losses, input_embeddings
-from iprox.errors import NumericsError
+from iprox.engine.loss import Batch, example_losses, hidden_states, input_embeddings
+from iprox.errors import ModelError, NumericsError
 
 Visitor = Callable[[str, Tensor, Tensor], None]
 """Called as visitor(layer, X (examples, tokens, in), D (examples, tokens, out))."""
 
 
+class _Calls:
+    """The calls of one layer in one pass, until the gradient of the last of them is there."""
+
+    def __init__(self) -> None:
+        self.expected = 0
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def complete(self, inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Add one call's pair; all pairs joined along the tokens when it was the last."""
+        self.pairs.append((inputs, grads))
+        if len(self.pairs) < self.expected:
+            return None
+        pairs, self.pairs, self.expected = self.pairs, [], 0
+        if len(pairs) == 1:
+            return pairs[0]
+        return torch.cat([x for x, _ in pairs], dim=1), torch.cat([d for _, d in pairs], dim=1)
+
+
 @contextmanager
 def watch(layers: Mapping[str, nn.Linear], visit: Visitor) -> Iterator[None]:
-    """Within this context, every backward pass calls ``visit`` for each of ``layers``.
+    """Within this context, every backward pass calls ``visit`` once for each of ``layers``.
 
-    A module that is called several times in a pass is visited once per call; its gradient is
-    the sum over the calls.
+    The gradient of a module that a model calls several times in a pass is the sum over the
+    calls, so its rows of all calls are joined along the tokens before they are handed over.
+
+    Raises:
+        ModelError: On leaving: the output of some call had no influence on the loss, so that
+            the layer's rows never became complete.
     """
+    calls = {name: _Calls() for name in layers}
 
     def forward_hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def on_gradient(inputs: Tensor, grads: Tensor) -> None:
+            rows = calls[name].complete(inputs, grads)
+            if rows is not None:
+                visit(name, *rows)
+
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             inputs = args[0].detach()
-            output.register_hook(lambda grad: visit(name, inputs, grad.detach()))
+            calls[name].expected += 1
+            output.register_hook(lambda grads: on_gradient(inputs, grads.detach()))
 
         return hook
 
@@ -42,6 +71,60 @@ def watch(layers: Mapping[str, nn.Linear], visit: Visitor) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+    unfinished = [name for name, layer_calls in calls.items() if layer_calls.expected]
+    if unfinished:
+        raise ModelError(
+            "the output of a layer has no influence on the loss in one of its calls",
+            where=unfinished[0],
+            fix="exclude this layer in proxy.layers, or use an architecture that calls it for "
+            "the next token's logits",
+        )
+
+
+def same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors that are both alive are the same memory seen the same way."""
+    return (
+        a.data_ptr() == b.data_ptr()
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.dtype == b.dtype
+        and a.device == b.device
+    )
+
+
+def input_sites(model: Any, layers: Mapping[str, nn.Linear], batch: Batch) -> dict[str, str]:
+    """Which layers read the same tensor: layer -> the first layer that reads its input.
+
+    Args:
+        model: A causal LM.
+        layers: Layers to look at, in model order.
+        batch: Any small batch; it is passed through the model once.
+
+    Raises:
+        ModelError: A layer is not called in a pass.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def remember(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.setdefault(name, args[0])  # kept alive, so that no other takes its memory
+
+        return remember
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            hidden_states(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    sites: dict[str, str] = {}
+    for name in layers:
+        if name not in seen:
+            raise ModelError("a layer is not called in a forward pass", where=name)
+        owner = (o for o in dict.fromkeys(sites.values()) if same_tensor(seen[o], seen[name]))
+        sites[name] = next(owner, name)
+    return sites
 
 
 def backward_pass(
@@ -50,6 +133,7 @@ def backward_pass(
     batch: Batch,
     visit: Visitor,
     reduction: str = "token_mean",
+    example_ids: Sequence[str] | None = None,
 ) -> Tensor:
     """One forward and one backward pass over a batch with frozen weights.
 
@@ -60,29 +144,36 @@ def backward_pass(
         visit: Receives each layer's inputs and output gradients of the *sum* of the examples'
             losses, so that the rows of an example are its own gradient.
         reduction: Loss of an example: ``token_mean`` or ``token_sum``.
+        example_ids: Names of the examples, for messages.
 
     Returns:
         Loss of every example, (examples,).
 
     Raises:
-        NumericsError: A loss is not finite (the message gives its place in the batch).
+        ModelError: A layer's output has no influence on the loss.
+        NumericsError: A loss is not finite.
     """
     embeds = input_embeddings(model, batch)
     with watch(layers, visit), torch.enable_grad():
         losses = example_losses(model, batch, reduction, embeds)
-        check_finite(losses)
+        check_finite(losses, example_ids)
         torch.autograd.backward(losses.sum(), inputs=[embeds])
     return losses.detach()
 
 
-def check_finite(losses: Tensor) -> None:
+def check_finite(losses: Tensor, example_ids: Sequence[str] | None = None) -> None:
     """Raise ``NumericsError`` naming the first example of the batch whose loss is not finite."""
     bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
     if bad:
         raise NumericsError(
             "the loss of an example is not finite",
-            where=f"place {bad[0]} in the batch",
+            where=example_name(bad[0], example_ids),
             value=float(losses[bad[0]]),
             allowed="a finite number",
             fix="look for broken text, or for weights or a precision that overflow",
         )
+
+
+def example_name(place: int, example_ids: Sequence[str] | None) -> str:
+    """How a message names an example of a batch: by its id, or else by its place."""
+    return f"place {place} in the batch" if example_ids is None else f"example {example_ids[place]}"

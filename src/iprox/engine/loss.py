@@ -50,7 +50,9 @@ def supervised_positions(labels: Tensor) -> Tensor:
 
 def hidden_states(model: Any, batch: Batch, embeds: Tensor | None = None) -> Tensor:
     """Last hidden states (examples, tokens, hidden) of a causal LM, without its head."""
-    tokens: dict[str, Any] = {"input_ids": batch.input_ids} if embeds is None else {"inputs_embeds": embeds}
+    tokens: dict[str, Any] = {"inputs_embeds": embeds}
+    if embeds is None:
+        tokens = {"input_ids": batch.input_ids}
     output = model.base_model(attention_mask=attention_mask(batch), use_cache=False, **tokens)
     states: Tensor = output.last_hidden_state
     return states

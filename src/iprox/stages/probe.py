@@ -1,0 +1,206 @@
+"""Stage ``probe``: inputs and output gradients of every layer at a sample of token positions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from iprox.data.chat import IGNORED, Encoded
+from iprox.engine.capture import backward_pass, input_sites
+from iprox.numerics.ranks import rank_for
+from iprox.numerics.sampling import stratified_positions
+from iprox.progress import track
+from iprox.stages.passes import Reader, free_bytes, open_reader
+from iprox.stages.texts import Texts, pool_texts, split_ids
+from iprox.store.arrays import create_store, put
+from iprox.store.job import Job, Metrics
+from iprox.study.schema import ChatSection, InfluenceSection, ProbeSection
+
+log = logging.getLogger(__name__)
+
+RANK_RULE_RANGE = (512, 2048)
+
+
+def make(job: Job) -> Metrics:
+    """Write ``probe.zarr``.
+
+    Its arrays are ``inputs/<site>`` (tokens, in) and ``output_grads/<layer>`` (tokens, out) in
+    float32, ``example_id`` and ``position`` (tokens,). A site is the first layer, in model
+    order, that reads an input; ``layers`` in the root attributes gives each layer's site, out
+    and in. The rows of all layers are of the same positions in the same order. Output
+    gradients are those of each example's own loss.
+
+    Returns:
+        Counts of examples and tokens.
+
+    Raises:
+        DataError: No probe example has a supervised token.
+        NumericsError: A loss is not finite.
+    """
+    section, influence = _section(job), job.section(InfluenceSection, "influence")
+    reader = open_reader(job, "warmup")
+    wanted = _tokens(job, section, reader.layers)
+    texts = _texts(job, section, reader)
+    usable = texts.supervised_only()
+    positions = draw(usable.encoded, section, wanted)
+    n_tokens = sum(map(len, positions))
+    sites = _sites(reader, usable.encoded)
+    counts = {
+        "tokens": n_tokens,
+        "tokens_requested": wanted,
+        "sequences": len(usable.encoded),
+        "truncated": texts.n_truncated,
+        "unsupervised": texts.n_unsupervised,
+    }
+    store = create_store(
+        job.out / "probe.zarr",
+        {
+            **counts,
+            "layers": {
+                name: {"site": sites[name], "out": layer.out_features, "in": layer.in_features}
+                for name, layer in reader.layers.items()
+            },
+            "loss_reduction": influence.loss_reduction,
+            "positions": section.positions,
+            "labels": section.labels,
+            "seed": section.seed,
+        },
+    )
+    ids = np.repeat(np.array(usable.ids, dtype=object), [len(p) for p in positions])
+    put(store, "example_id", ids.astype(str), ("tokens",))
+    put(store, "position", np.concatenate(positions), ("tokens",))
+    groups = list(_layer_groups(reader.layers, sites, n_tokens))
+    with track(len(groups) * len(usable.encoded), "sequences", "probe") as progress:
+        for names in groups:
+            layers = {name: reader.layers[name] for name in names}
+            rows = record(reader, layers, sites, usable.encoded, positions, influence, progress)
+            for name, array in rows.items():
+                put(store, name, array, ("tokens", "in" if name.startswith("inputs/") else "out"))
+    if n_tokens < wanted:
+        log.warning("the probe examples have %d usable positions, %d were asked", n_tokens, wanted)
+    return {**counts, "passes": len(groups)}
+
+
+def draw(encoded: list[Encoded], section: ProbeSection, tokens: int) -> list[np.ndarray]:
+    """Positions to record of every example, ascending; one list for all layers."""
+    usable = [usable_positions(e, section.positions) for e in encoded]
+    drawn = stratified_positions([len(u) for u in usable], tokens, section.seed)
+    return [u[d] for u, d in zip(usable, drawn, strict=True)]
+
+
+def usable_positions(encoded: Encoded, which: str) -> np.ndarray:
+    """Positions of one example that may be drawn.
+
+    Args:
+        encoded: The example.
+        which: ``supervised`` for positions whose next token has a loss; ``all`` for every
+            position up to the last of them, since attention carries gradients back to all.
+    """
+    predicting = np.flatnonzero(np.array(encoded.labels[1:]) != IGNORED)
+    return predicting if which == "supervised" else np.arange(predicting[-1] + 1)
+
+
+def record(
+    reader: Reader,
+    layers: Mapping[str, nn.Linear],
+    sites: Mapping[str, str],
+    encoded: list[Encoded],
+    positions: list[np.ndarray],
+    influence: InfluenceSection,
+    progress: Any,
+) -> dict[str, np.ndarray]:
+    """Rows of ``layers`` at the drawn positions: ``inputs/<site>`` and ``output_grads/<layer>``.
+
+    Returns:
+        Arrays (tokens, in) and (tokens, out), float32, in the order of the examples.
+    """
+    starts = np.concatenate([[0], np.cumsum([len(p) for p in positions])])
+    rows: dict[str, np.ndarray] = {}
+    for name, layer in layers.items():
+        if sites[name] == name:
+            rows[f"inputs/{name}"] = np.zeros((starts[-1], layer.in_features), np.float32)
+        rows[f"output_grads/{name}"] = np.zeros((starts[-1], layer.out_features), np.float32)
+    for indices, batch in reader.batches(encoded):
+        places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in indices])
+        of_batch = np.repeat(np.arange(len(indices)), [len(positions[i]) for i in indices])
+        tokens = np.concatenate([positions[i] for i in indices])
+        chosen = (torch.as_tensor(of_batch), torch.as_tensor(tokens))
+
+        def visit(
+            name: str,
+            x: Tensor,
+            d: Tensor,
+            places: np.ndarray = places,
+            chosen: tuple[Tensor, Tensor] = chosen,
+        ) -> None:
+            if sites[name] == name:
+                rows[f"inputs/{name}"][places] = x[chosen].float().cpu().numpy()
+            rows[f"output_grads/{name}"][places] = d[chosen].float().cpu().numpy()
+
+        ids = [encoded[i].example_id for i in indices]
+        backward_pass(reader.model, layers, batch, visit, influence.loss_reduction, ids)
+        progress.advance(len(indices), tokens=int(batch.lengths.sum()))
+    return rows
+
+
+def _section(job: Job) -> ProbeSection:
+    params = {k: v for k, v in job.params["probe"].items() if k != "rank_rule"}
+    return ProbeSection.model_validate(params)
+
+
+def _tokens(job: Job, section: ProbeSection, layers: Mapping[str, nn.Linear]) -> int:
+    """Positions to draw; by the paper's rule they depend on the largest rank of a layer."""
+    if section.tokens != "rank":
+        return section.tokens
+    rule = job.params["probe"]["rank_rule"]
+    ranks = [
+        rank_for(
+            layer.out_features,
+            layer.in_features,
+            rule["sparsity"],
+            rule["rank_multiple"],
+            rule["rank_rounding"],
+            rule["dense_rule"],
+        )
+        for layer in layers.values()
+    ]
+    largest = max(rank or 0 for rank in ranks)
+    low, high = RANK_RULE_RANGE
+    return min(max(-(-largest // 128) * 128, low), high)
+
+
+def _texts(job: Job, section: ProbeSection, reader: Reader) -> Texts:
+    ids = split_ids(job.parents["split"], "probe")
+    texts = pool_texts(job.parents["pool"], ids, reader.tokenizer, job.section(ChatSection, "chat"))
+    return texts.with_all_labels() if section.labels == "all" else texts
+
+
+def _sites(reader: Reader, encoded: list[Encoded]) -> dict[str, str]:
+    """Site of every layer, found by passing the shortest example through the model."""
+    _, batch = next(reader.batches([min(encoded, key=len)]))
+    return input_sites(reader.model, reader.layers, batch)
+
+
+def _layer_groups(
+    layers: Mapping[str, nn.Linear], sites: Mapping[str, str], tokens: int
+) -> Iterator[list[str]]:
+    """Layers in groups whose rows fit in half of the free memory, a pass each.
+
+    Layers that share an input stay together.
+    """
+    budget = free_bytes(torch.device("cpu")) // 2
+    group: list[str] = []
+    used = 0
+    for name, layer in layers.items():
+        size = 4 * tokens * (layer.out_features + (layer.in_features if sites[name] == name else 0))
+        if group and used + size > budget and sites[name] == name:
+            yield group
+            group, used = [], 0
+        group.append(name)
+        used += size
+    yield group
