@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: demo test check clean
 
 demo: $(READY)  ## Run the demo study to its report.
-	@$(BIN)/snakemake --workflow-profile workflow/profiles/demo --configfile config/config.yaml
+	@$(BIN)/snakemake --configfile config/config.yaml
 	@cat results/studies/demo/report/summary.txt
 
 test: $(READY)  ## All tests that this machine can run.

@@ -86,7 +86,8 @@ def parse_study(raw: Mapping[str, Any], files: Iterable[Path] = ()) -> Study:
         ConfigError: An unknown key, a wrong type, a value out of range, runs of equal names.
     """
     files = tuple(files)
-    body = copy.deepcopy(dict(raw))
+    # A section whose keys are all commented out is YAML's null: it means its defaults.
+    body = {key: copy.deepcopy(value) for key, value in raw.items() if value is not None}
     preset = _preset(body.get("preset", "default"), "preset", files)
     runs_raw = body.get("runs")
     body["tasks"] = _tasks(body.get("tasks"), files)

@@ -1,0 +1,245 @@
+"""The real workflow on tiny random models: from a JSONL pool to the report, and what reruns."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
+
+import torch
+
+from iprox.store.manifest import check
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.workflow
+
+WORDS = "red blue seven nine cat dog adds takes runs sings from with over under slowly".split()
+
+
+def sentence(i: int, n: int) -> str:
+    return " ".join(WORDS[(i * 7 + j * (1 + i % 5)) % len(WORDS)] for j in range(n))
+
+
+def write_inputs(folder: Path, architecture: str = "llama", examples: int = 24) -> None:
+    """A model folder, a pool and a task, as a user would have them."""
+    tiny_model(architecture, dtype=torch.float32).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    with (folder / "pool.jsonl").open("w") as file:
+        for i in range(examples):
+            row = {"instruction": sentence(i, 3), "input": "", "output": sentence(i + 5, 2 + i % 4)}
+            file.write(json.dumps(row) + "\n")
+    with (folder / "task.jsonl").open("w") as file:
+        for i in range(8):
+            row = {"prompt": sentence(i + 40, 3), "response": sentence(i + 41, 2), "category": f"s{i % 2}"}
+            file.write(json.dumps(row) + "\n")
+
+
+def study(**changes: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "study": "tiny",
+        "target": {"model": "model", "attention": "eager"},
+        "pool": {"path": "pool.jsonl"},
+        "tasks": [{"name": "own", "kind": "messages", "path": "task.jsonl", "queries": 4, "heldout": 2}],
+        "chat": {"max_length": 64},
+        "split": {"warmup": 4, "probe": 6, "align": 6, "fidelity": 1.0},
+        "warmup": {"batch": 4},
+        "probe": {"tokens": 64},
+        "align": {"epochs": 1, "batch": 2, "heldout": 0.5},
+        "fidelity": {"bootstrap": 20},
+        "select": {"fraction": 0.2},
+        "finetune": {"epochs": 1, "batch": 4},
+        "evaluate": {"bootstrap": 20},
+        "shards": 2,
+        "runs": {
+            "full": {"proxy": {"kind": "target"}},
+            "iprox": {"proxy": {"sparsity": 0.5}},
+            "svd": {"proxy": {"kind": "svd"}, "align": {"epochs": 0}, "until": "fidelity"},
+            "random": {"scorer": {"kind": "random", "draws": 2}},
+        },
+    }
+    return {**base, **changes}
+
+
+def snakemake(folder: Path, config: dict[str, Any], *args: str, check_ok: bool = True) -> str:
+    """Run the workflow in ``folder`` and return what it printed."""
+    (folder / "study.yaml").write_text(yaml.safe_dump(config))
+    done = subprocess.run(command(folder, *args), cwd=folder, env=environment(), capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    if check_ok:
+        assert done.returncode == 0, output[-6000:]
+    return output
+
+
+def command(folder: Path, *args: str) -> list[str]:
+    base = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--configfile", "study.yaml"]
+    return [*base, "--cores", "2", *args]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def jobs(output: str) -> dict[str, int]:
+    """Rule -> number of jobs, from Snakemake's job table."""
+    found = {}
+    lines = iter(output.splitlines())
+    for line in lines:
+        if line.split() == ["job", "count"]:
+            next(lines)
+            for row in lines:
+                if len(row.split()) != 2:
+                    break
+                found[row.split()[0]] = int(row.split()[1])
+            break
+    return found
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Content digest of every finished artifact, the report excepted: it shows times."""
+    return {
+        str(path.parent.relative_to(folder)): json.loads(path.read_text())["content"]
+        for path in sorted((folder / "results").glob("*/*/manifest.json"))
+        if path.parent.parent.name != "report"
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the tiny study has run to its end."""
+    folder = tmp_path_factory.mktemp("study")
+    write_inputs(folder)
+    snakemake(folder, study())
+    return folder
+
+
+def test_the_study_ends_with_rankings_models_and_a_report(finished: Path) -> None:
+    links = finished / "results" / "studies" / "tiny"
+    ranking = pd.read_parquet(links / "iprox" / "ranking" / "ranking.parquet")
+    assert len(ranking) == 24
+    assert ranking["rank"].tolist() == list(range(1, 25))
+    assert ranking["score"].is_monotonic_decreasing
+    selected = (links / "full" / "selection" / "selected.jsonl").read_text().splitlines()
+    assert len(selected) == 4
+    assert {"example_id", "messages"} <= json.loads(selected[0]).keys()
+    metrics = json.loads((links / "iprox" / "evaluation-own" / "metrics.json").read_text())
+    base = json.loads((links / "base" / "evaluation-own" / "metrics.json").read_text())
+    assert metrics["loss"]["n"] == base["loss"]["n"] == 2
+    page = (links / "report" / "index.html").read_text()
+    assert "iprox" in page
+    fidelity = pd.read_parquet(links / "iprox" / "fidelity" / "fidelity.parquet")
+    assert {"spearman", "kendall"} <= set(fidelity["metric"])
+
+
+def test_every_artifact_is_as_its_manifest_says_and_explains_itself(finished: Path) -> None:
+    manifests = sorted((finished / "results").glob("*/*/manifest.json"))
+    assert {path.parent.parent.name for path in manifests} == {
+        "pool", "task", "target", "split", "warmup", "probe", "decomposition", "factors", "proxy",
+        "query", "features", "ranking", "fidelity", "selection", "finetune", "evaluation", "report",
+    }
+    for path in manifests:
+        check(path.parent)
+        spec = json.loads((path.parent / "spec.json").read_text())
+        assert spec["id"] == path.parent.name
+        provenance = json.loads((path.parent / "provenance.json").read_text())
+        assert provenance["seconds"] >= 0
+
+
+def test_a_finished_study_has_nothing_to_do(finished: Path) -> None:
+    assert "Nothing to be done" in snakemake(finished, study())
+
+
+def test_a_changed_parameter_reruns_what_depends_on_it_and_going_back_runs_nothing(
+    finished: Path,
+) -> None:
+    changed = study(select={"fraction": 0.3})
+    before = contents(finished)
+    todo = jobs(snakemake(finished, changed, "-n"))
+    assert {r for r in todo if r != "total"} == {
+        "selection", "finetune", "evaluation", "report_page", "study_index", "all",
+    }
+    assert contents(finished) == before
+    todo = jobs(snakemake(finished, study(), "-n"))
+    assert not todo
+
+
+def test_another_number_of_shards_gives_the_same_rankings(finished: Path) -> None:
+    before = {k: v for k, v in contents(finished).items() if "features" not in k}
+    snakemake(finished, study(shards=3), "rankings")
+    after = {k: v for k, v in contents(finished).items() if "features" not in k}
+    assert after == before
+    snakemake(finished, study())
+
+
+def test_the_study_is_the_same_bytes_in_another_folder(finished: Path, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    small = study(runs={"iprox": {"proxy": {"sparsity": 0.5}, "until": "selection"}})
+    snakemake(tmp_path, small)
+    ours = contents(tmp_path)
+    theirs = contents(finished)
+    assert ours
+    assert {k: theirs.get(k) for k in ours} == ours
+
+
+def test_a_killed_workflow_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    small = study(runs={"iprox": {"proxy": {"sparsity": 0.5}, "until": "selection"}})
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(small))
+    for seconds in (9.0, 15.0):
+        process = subprocess.Popen(
+            command(tmp_path), cwd=tmp_path, env=environment(), start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    snakemake(tmp_path, small, "--unlock", check_ok=False)
+    snakemake(tmp_path, small)
+    theirs = contents(finished)
+    assert {k: theirs.get(k) for k in contents(tmp_path)} == contents(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "llama"])
+def test_other_architectures_go_through(tmp_path: Path, architecture: str) -> None:
+    write_inputs(tmp_path, architecture, examples=12)
+    snakemake(tmp_path, study(runs={"iprox": {"until": "ranking"}}, shards=1))
+    link = tmp_path / "results" / "studies" / "tiny" / "iprox"
+    assert len(pd.read_parquet(link / "ranking" / "ranking.parquet")) == 12
+    assert json.loads((link / "proxy" / "proxy.json").read_text())["ranks"]
+
+
+def test_a_mistake_is_a_message_and_no_traceback(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    for change, words in [
+        ({"proxy": {"sparsty": 0.5}}, ["unknown key proxy.sparsty", "sparsity?", "study.yaml:"]),
+        ({"pool": {"path": "absent.jsonl"}}, ["no such file", "absent.jsonl"]),
+        ({"pool": {"path": "../pool.jsonl"}}, ["leaves the data folder"]),
+    ]:
+        output = snakemake(tmp_path, study(**change), "-n", check_ok=False)
+        assert all(word in output for word in words), output
+        assert "Traceback" not in output
+
+
+def test_a_fault_inside_a_job_is_shown_with_its_message(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    with (tmp_path / "pool.jsonl").open("a") as file:
+        file.write('{"instruction": "no output"}\n')
+    output = snakemake(tmp_path, study(), "rankings", check_ok=False)
+    assert "pool.jsonl:25" in output
+    assert "Traceback" not in output
+
+
+def test_lint_is_clean() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--lint"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
