@@ -1,0 +1,425 @@
+"""The report's figures: each function draws one question's answer from the study's numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from iprox.report import tables
+from iprox.report.artifacts import Run, Study
+from iprox.report.charts import (
+    INK,
+    PAPER,
+    SERIES,
+    SOFT,
+    Chart,
+    colours,
+    drawing,
+    label_ends,
+    label_points,
+)
+from iprox.report.formats import known
+
+NEGATIVE, POSITIVE = SERIES[1], SERIES[0]
+ROW = 24
+"""Height in points of one run's row in a dot plot or a stack of histograms."""
+
+
+def all_figures(study: Study) -> dict[str, list[Chart]]:
+    """Every figure by the section of the page it stands in; a section without data has none."""
+    return {
+        "fidelity": fidelity_against_cost(study),
+        "scores": [c for task in study.tasks if (c := score_distributions(study, task))],
+        "agreement": [c for task in study.tasks if (c := agreement(study, task))],
+        "heldout": heldout(study),
+        "training": training(study),
+        "alignment": alignment(study),
+        "layers": layers(study),
+    }
+
+
+def fidelity_against_cost(study: Study) -> list[Chart]:
+    """Mean Spearman against scoring time, and against parameters kept."""
+    measured = {
+        run.name: found
+        for run in study.drawn_once
+        if (found := tables.fidelity_value(run, tables.MEAN, "spearman")) and known(found["value"])
+    }
+    table = tables.runs(study).set_index("run")
+    costs = {
+        "seconds": ("Fidelity against scoring time", table["seconds_per_1000"], "seconds per 1,000 examples scored"),
+        "parameters": (
+            "Fidelity against size",
+            100 * (1 - table["sparsity_effective"]),
+            "parameters kept in the replaced layers, %",
+        ),
+    }
+    if study.target_run is not None:
+        costs["parameters"][1][study.target_run.name] = 100.0
+    charts = []
+    for name, (title, cost, label) in costs.items():
+        shown = [run for run in measured if known(cost[run])]
+        if shown:
+            charts.append(_scatter(study, f"fidelity-{name}", title, cost, label, {r: measured[r] for r in shown}))
+    return charts
+
+
+def _scatter(
+    study: Study,
+    name: str,
+    title: str,
+    cost: pd.Series,
+    label: str,
+    measured: dict[str, dict[str, float]],
+) -> Chart:
+    """Runs as points with intervals, the target as the reference at one."""
+    palette, group = colours(study), {run.name: run.group for run in study.runs}
+    points = [(float(cost[run]), found["value"], run, palette[group[run]]) for run, found in measured.items()]
+    with drawing(name, title, 310, "mean Spearman with the target, 95 % interval") as canvas:
+        axes = canvas.axes
+        for (x, y, _, colour), found in zip(points, measured.values(), strict=True):
+            if known(found["low"]) and known(found["high"]):
+                axes.plot([x, x], [found["low"], found["high"]], color=colour, lw=1.6)
+            axes.plot([x], [y], "o", color=colour, ms=7, mec=PAPER, mew=1)
+        reference = study.target_run
+        if reference is not None and known(cost[reference.name]):
+            x = float(cost[reference.name])
+            axes.plot([x], [1], "o", mfc=PAPER, mec=INK, mew=1.4, ms=7)
+            points.append((x, 1.0, f"{reference.name} (reference)", INK))
+        axes.axhline(1, color=SOFT, lw=0.8, dashes=(3, 3))
+        low = min([f["low"] for f in measured.values() if known(f["low"])] + [p[1] for p in points])
+        axes.set_ylim(min(low - 0.06, 0.9 * low), 1.08)
+        _cost_axis(axes, [p[0] for p in points])
+        axes.set_xlabel(label, loc="left")
+        label_points(axes, points)
+    return canvas.chart
+
+
+def _cost_axis(axes: Any, values: list[float]) -> None:
+    """A cost axis: from zero, or logarithmic when costs differ by more than twenty times."""
+    low, high = min(values), max(values)
+    if low > 0 and high / low > 20:
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.6, high * 1.6)
+    else:
+        axes.set_xlim(0, high * 1.12 if high > 0 else 1)
+
+
+def score_distributions(study: Study, task: str) -> Chart | None:
+    """Histogram of each gradient run's scores for one task, with the score it selects from.
+
+    Scores of different proxies need not share a scale: when their spreads differ more than
+    twenty times, each run's scores are shown in its own standard deviations.
+    """
+    scores = {
+        run.name: values
+        for run in study.drawn_once
+        if not run.is_random and (values := _scores(run, task)) is not None
+    }
+    if not scores:
+        return None
+    spreads = [max(float(values.std()), 1e-30) for values in scores.values()]
+    standardised = max(spreads) / min(spreads) > 20
+    if standardised:
+        scores = {n: (v - v.mean()) / max(float(v.std()), 1e-30) for n, v in scores.items()}
+    pooled = np.concatenate(list(scores.values()))
+    low, high = np.quantile(pooled, [0.002, 0.998])
+    margin = 0.04 * (high - low) or 1.0
+    edges = np.linspace(low - margin, high + margin, 49)
+    palette, by_name = colours(study), {run.name: run for run in study.runs}
+    with drawing(f"scores-{task}", f"Scores for {task}", 84 + 40 * len(scores)) as canvas:
+        axes = canvas.axes
+        for level, (name, values) in enumerate(reversed(scores.items())):
+            run = by_name[name]
+            _ridge(axes, values, edges, level, palette[run.group])
+            axes.annotate(
+                name, (0, level), (-6, 5), xycoords=("axes fraction", "data"),
+                textcoords="offset points", ha="right", color=palette[run.group], fontsize=10.5,
+            )
+            cut = _selected_from(run, task)
+            if cut is not None and not standardised:
+                axes.plot([cut, cut], [level, level + 0.8], color=INK, lw=1)
+                axes.annotate(
+                    "selected", (cut, level + 0.8), (3, -9), textcoords="offset points",
+                    fontsize=9, color=SOFT,
+                )
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.set_ylim(-0.05, len(scores))
+        axes.set_xlim(edges[0], edges[-1])
+        unit = "score in standard deviations of the run" if standardised else "score (right of the line: selected)"
+        axes.set_xlabel(unit, loc="left")
+    return canvas.chart
+
+
+def _scores(run: Run, task: str) -> np.ndarray | None:
+    """Scores of one run for one task."""
+    if "ranking" not in run.artifacts:
+        return None
+    ranking = run.artifacts["ranking"].table("ranking.parquet")
+    return ranking.loc[ranking["task"] == task, "score"].to_numpy(dtype=float)
+
+
+def _selected_from(run: Run, task: str) -> float | None:
+    """Lowest score this run selected for one task."""
+    if "selection" not in run.artifacts:
+        return None
+    selection = run.artifacts["selection"].table("selection.parquet")
+    chosen = selection.loc[selection["task"] == task, "score"]
+    return float(chosen.min()) if len(chosen) else None
+
+
+def _ridge(axes: Any, values: np.ndarray, edges: np.ndarray, level: int, colour: str) -> None:
+    """One histogram standing on ``level``, its highest bar 0.8 high."""
+    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+    heights = level + 0.8 * counts / max(counts.max(), 1)
+    x, y = np.repeat(edges, 2)[1:-1], np.repeat(heights, 2)
+    axes.fill_between(x, level, y, color=colour, alpha=0.35, lw=0)
+    axes.plot(x, y, color=colour, lw=1)
+
+
+def agreement(study: Study, task: str) -> Chart | None:
+    """Spearman correlations between the scores of all runs for one task, as a triangle."""
+    table = tables.agreement(study)
+    table = table[table["task"] == task]
+    names = list(dict.fromkeys(table["run_a"]))
+    if len(names) < 2:
+        return None
+    cell = min(58, max(20, (WIDE_ENOUGH - 9 * max(map(len, names))) / len(names)))
+    with drawing(f"agreement-{task}", f"Agreement on {task}", 80 + cell * len(names)) as canvas:
+        axes = canvas.axes
+        for row in table.itertuples(index=False):
+            _heat_cell(axes, names.index(row.run_a), names.index(row.run_b), row.spearman, len(names) <= 10)
+        _heat_axes(axes, names, colours(study), {run.name: run.group for run in study.runs})
+    return canvas.chart
+
+
+WIDE_ENOUGH = 380
+"""Points a heat map and its row names have to share."""
+
+
+def _heat_cell(axes: Any, column: int, row: int, value: float, written: bool) -> None:
+    """One cell: blue for agreement, orange for its opposite, deeper for more of it."""
+    from matplotlib.patches import Rectangle
+
+    strength = 0.0 if not known(value) else min(abs(value), 1.0)
+    colour = POSITIVE if known(value) and value >= 0 else NEGATIVE
+    cell = Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, fc=colour, alpha=0.04 + 0.56 * strength, lw=0)
+    axes.add_patch(cell)
+    if written:
+        text = f"{value:.2f}".replace("-", "\N{MINUS SIGN}") if known(value) else "-"
+        axes.text(column, row, text, ha="center", va="center", fontsize=10.5)
+
+
+def _heat_axes(axes: Any, names: list[str], palette: dict[str, str], group: dict[str, str]) -> None:
+    positions = range(len(names))
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_yticks(positions, names)
+    slanted = max(map(len, names)) * len(names) > 46
+    axes.set_xticks(positions, names, rotation=35 if slanted else 0, ha="right" if slanted else "center")
+    for tick, name in zip([*axes.get_yticklabels(), *axes.get_xticklabels()], names * 2, strict=True):
+        tick.set_color(palette[group[name]])
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def heldout(study: Study) -> list[Chart]:
+    """Each metric of each task after fine-tuning: base, every run, and the mean of random draws."""
+    table = tables.heldout(study)
+    shown = table[~table["metric"].str.startswith("_")] if len(table) else table
+    charts = []
+    for (task, metric), part in shown.groupby(["task", "metric"], sort=False):
+        if part["value"].notna().any():
+            charts.append(_dot_plot(study, str(task), str(metric), part))
+    order = {task: i for i, task in enumerate(study.tasks)}
+    return sorted(charts, key=lambda chart: (not chart.name.endswith("-loss"), order.get(chart.title.split(": ")[0], 0)))
+
+
+def _dot_plot(study: Study, task: str, metric: str, part: pd.DataFrame) -> Chart:
+    """Groups as rows: a dot with its interval; of several draws their mean, dots and range."""
+    groups = [g for g in ["base", *study.groups] if (part["group"] == g).any()]
+    palette = colours(study)
+    better = "lower is better" if metric in tables.LOWER_IS_BETTER else "higher is better"
+    title = f"{task}: {metric.replace('_', ' ')}"
+    with drawing(f"heldout-{task}-{metric}", title, 92 + ROW * len(groups)) as canvas:
+        axes = canvas.axes
+        for level, group in enumerate(groups):
+            members = part[part["group"] == group]
+            if len(members) == 1:
+                _single(axes, members.iloc[0], level, palette[group])
+            else:
+                _draws(axes, members["value"], level, palette[group])
+        if groups[0] == "base":
+            axes.axvline(float(part.loc[part["group"] == "base", "value"].iloc[0]), color=SOFT, lw=0.8, dashes=(3, 3))
+        names = [f"{g} ({n} draws)" if (n := int((part["group"] == g).sum())) > 1 else g for g in groups]
+        axes.set_yticks(range(len(groups)), names)
+        for tick, group in zip(axes.get_yticklabels(), groups, strict=True):
+            tick.set_color(palette[group])
+        axes.set_ylim(len(groups) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        axes.margins(x=0.06)
+        n = part["n"].max()
+        count = f", {n:,.0f} items" if known(n) else ""
+        axes.set_xlabel(f"{better}{count}; line: 95 % interval", loc="left")
+    return canvas.chart
+
+
+def _single(axes: Any, row: pd.Series, level: int, colour: str) -> None:
+    if known(row["low"]) and known(row["high"]):
+        axes.plot([row["low"], row["high"]], [level, level], color=colour, lw=1.8)
+    axes.plot([row["value"]], [level], "o", color=colour, ms=7, mec=PAPER, mew=1)
+
+
+def _draws(axes: Any, values: pd.Series, level: int, colour: str) -> None:
+    axes.plot(values, [level] * len(values), "|", color=colour, ms=9, mew=1.4, alpha=0.8)
+    axes.plot([values.mean()], [level], "D", color=colour, ms=6, mec=PAPER, mew=1)
+
+
+def training(study: Study) -> list[Chart]:
+    """Loss over the steps of the warm-up, and of fine-tuning for each task."""
+    charts = []
+    warmups = _distinct(study, lambda run: run.artifacts.get("warmup"))
+    charts.append(_curves(study, "training-warmup", "Warm-up", warmups))
+    for task in study.tasks:
+        logs = _distinct(study, lambda run, task=task: run.of("finetune", [task]).get(task))
+        charts.append(_curves(study, f"training-{task}", f"Fine-tuning for {task}", logs))
+    return [chart for chart in charts if chart is not None]
+
+
+def _distinct(study: Study, pick: Callable[[Run], Any]) -> list[tuple[Run, pd.DataFrame]]:
+    """Training logs of the picked stage, each once, under the first run that has it."""
+    found = {a.id: (run, a) for run in reversed(study.runs) if (a := pick(run)) is not None}
+    ordered = sorted(found.values(), key=lambda pair: study.runs.index(pair[0]))
+    logs = [(run, artifact.table("log.parquet")) for run, artifact in ordered]
+    return [(run, log) for run, log in logs if len(log)]
+
+
+def _curves(study: Study, name: str, title: str, logs: list[tuple[Run, pd.DataFrame]]) -> Chart | None:
+    """Training loss by step; draws of chance thin, all others named at their end."""
+    if not logs:
+        return None
+    palette = colours(study)
+    with drawing(name, title, 270, "training loss (token mean)") as canvas:
+        ends: dict[str, tuple[float, float, str, str]] = {}
+        for run, log in logs:
+            colour, thin = palette[run.group], run.is_random
+            values = _smoothed(log["loss"])
+            if len(values) < len(log["loss"]) or len(log) > 40:
+                canvas.axes.plot(log["step"], log["loss"], color=colour, lw=0.6, alpha=0.25)
+            canvas.axes.plot(
+                log["step"], values, color=colour, lw=1 if thin else 1.8,
+                marker="o" if len(log) < 3 else None, ms=4,
+            )
+            last = (float(log["step"].iloc[-1]), float(values.iloc[-1]))
+            ends.setdefault(run.group, (*last, run.group, colour))
+        right = max(float(log["step"].max()) for _, log in logs)
+        left = min(float(log["step"].min()) for _, log in logs)
+        canvas.axes.set_xlim(left if left < right else left - 1, right)
+        canvas.axes.set_xlabel("optimizer step", loc="left")
+        _whole_numbers(canvas.axes)
+        if len(logs) > 1 or name != "training-warmup":
+            label_ends(canvas.axes, list(ends.values()))
+    return canvas.chart
+
+
+def _smoothed(losses: pd.Series) -> pd.Series:
+    """A centred moving mean over a twentieth of a long curve; short curves as they are."""
+    width = len(losses) // 20
+    return losses if width < 2 else losses.rolling(width, center=True, min_periods=1).mean()
+
+
+def _whole_numbers(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+ALIGNMENT = {
+    "fidelity": "agreement of example gradients, held out",
+    "objective": "objective, held out",
+    "loss_ga": "gradient distance, held out",
+    "kl": "divergence of logits, held out",
+}
+"""Held-out curves of the alignment that are drawn."""
+
+
+def alignment(study: Study) -> list[Chart]:
+    """Held-out measures over the steps of the alignment; a ring marks the step that was kept."""
+    proxies = {a.id: (run, a) for run in reversed(study.runs) if (a := run.artifacts.get("proxy"))}
+    logs = [(run, a.table("alignment.parquet")) for run, a in reversed(proxies.values())]
+    charts = []
+    for column, unit in ALIGNMENT.items():
+        shown = [(run, held) for run, log in logs if len(held := _held_out(log, column)) > 1]
+        if shown:
+            charts.append(_alignment_curves(study, column, unit, shown))
+    return charts
+
+
+def _held_out(log: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Held-out rows of an alignment log that carry a value in ``column``."""
+    rows = log[(log["split"] != "train") & log[column].notna()]
+    return rows.sort_values("step")
+
+
+def _alignment_curves(
+    study: Study, column: str, unit: str, logs: list[tuple[Run, pd.DataFrame]]
+) -> Chart:
+    palette = colours(study)
+    title = {"fidelity": "Fidelity", "objective": "Objective", "loss_ga": "Gradient distance", "kl": "Anchor"}
+    with drawing(f"alignment-{column}", f"{title[column]} during alignment", 270, unit) as canvas:
+        axes, ends = canvas.axes, []
+        for run, log in logs:
+            colour = palette[run.group]
+            axes.plot(log["step"], log[column], color=colour, marker=".", ms=5)
+            kept = log[log["chosen"].astype(bool)]
+            axes.plot(kept["step"], kept[column], "o", mfc=PAPER, mec=colour, mew=1.6, ms=8, clip_on=False)
+            ends.append((float(log["step"].iloc[-1]), float(log[column].iloc[-1]), run.name, colour))
+        right = max(float(log["step"].max()) for _, log in logs)
+        axes.set_xlim(0, right or 1)
+        axes.set_xlabel("alignment step (0: the start); ring: the step kept", loc="left")
+        _whole_numbers(axes)
+        label_ends(axes, ends)
+    return canvas.chart
+
+
+def layers(study: Study) -> list[Chart]:
+    """Truncation error of every layer over depth, a chart for each distinct proxy."""
+    table = tables.layers(study)
+    if table.empty:
+        return []
+    return [_layer_chart(str(run), part.copy()) for run, part in table.groupby("run", sort=False)]
+
+
+def _layer_chart(run: str, part: pd.DataFrame) -> Chart:
+    part["kind"] = [name.rsplit(".", 1)[-1] for name in part["layer"]]
+    numbers = [re.search(r"\.(\d+)\.", name) for name in part["layer"]]
+    part["depth"] = [int(hit.group(1)) if hit else i for i, hit in enumerate(numbers)]
+    with drawing(f"layers-{run}", f"Layers of {run}", 290, "truncation error; hollow: kept dense") as canvas:
+        axes, ends = canvas.axes, []
+        for i, (kind, rows) in enumerate(part.groupby("kind", sort=False)):
+            rows, colour = rows.sort_values("depth"), SERIES[i % len(SERIES)]
+            axes.plot(rows["depth"], rows["truncation_error"], color=colour, lw=1.4, marker=".", ms=5)
+            dense = rows[rows["kept_dense"].astype(bool)]
+            axes.plot(dense["depth"], dense["truncation_error"], "o", mfc=PAPER, mec=colour, ms=5)
+            ends.append((float(rows["depth"].iloc[-1]), float(rows["truncation_error"].iloc[-1]), _short(str(kind)), colour))
+        left, right = float(part["depth"].min()), float(part["depth"].max())
+        axes.set_xlim(left, right if right > left else left + 1)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("block", loc="left")
+        _whole_numbers(axes)
+        label_ends(axes, ends, size=9.5)
+    return canvas.chart
+
+
+def _short(kind: str) -> str:
+    """``q`` for ``q_proj``: what tells the layers of a block apart."""
+    return kind.removesuffix("_proj")
+
+

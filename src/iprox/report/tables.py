@@ -1,0 +1,563 @@
+"""The study's numbers as tables, and the short answer that the workflow prints at its end.
+
+Every function turns a :class:`~iprox.report.artifacts.Study` into a data frame; a number that
+was not made is missing in it, never filled in. Numbers are taken from the stages' own tables;
+what is computed here is differences, shares, overlaps and rank correlations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from iprox.report.artifacts import Artifact, Run, Study
+from iprox.report.compare import Difference, intervals_overlap, paired_difference
+from iprox.report.formats import (
+    MISSING,
+    duration,
+    interval,
+    known,
+    number,
+    settings_text,
+    signed,
+    text_table,
+)
+from iprox.report.selected import selection_overlap
+
+MEAN = "mean"
+"""Row of ``fidelity.parquet`` that averages the tasks."""
+
+LOWER_IS_BETTER = {"loss"}
+"""Metrics of an evaluation where less is better; of all others more is."""
+
+
+def runs(study: Study) -> pd.DataFrame:
+    """One row per run: its settings, its size, and its headline numbers.
+
+    Columns beside the settings: ``sparsity_effective`` and ``parameters`` over the replaced
+    layers; ``spearman_<task>`` and ``spearman_mean`` with ``_low`` and ``_high`` (95 %);
+    ``making_seconds`` of the proxy; ``scoring_seconds`` of the pass over the pool (over its
+    fidelity slice for a run until fidelity), ``seconds_per_1000`` examples, and ``speedup`` per
+    example against the run that scores with the target; ``loss_<task>`` held out, after fine-tuning, with ``_low``, ``_high`` and
+    ``_delta`` to the untouched target; ``overlap_<task>`` and ``overlap_mean``: share of the
+    target run's selection that this run selected too.
+    """
+    return pd.DataFrame([_run_row(study, run) for run in study.runs])
+
+
+def _run_row(study: Study, run: Run) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "run": run.name,
+        "group": run.group,
+        "scorer": run.scorer,
+        "proxy": run.proxy,
+        "preset": run.preset,
+        "until": run.until,
+        "changed": settings_text(run.changed),
+        "sparsity": run.sparsity,
+        **_size(run),
+        **_spearman(run, study.tasks),
+        "making_seconds": making_seconds(run),
+        "scoring_seconds": scoring_seconds(run),
+        "seconds_per_1000": seconds_per_1000(study, run),
+        "speedup": speedup(study, run),
+        **_losses(study, run),
+        **_overlaps(study, run),
+    }
+    return {key: np.nan if value is None else value for key, value in row.items()}
+
+
+def _size(run: Run) -> dict[str, float]:
+    """Parameters of the layers a proxy replaces, before and after."""
+    if "factors" not in run.artifacts:
+        return {"sparsity_effective": np.nan, "parameters": np.nan, "parameters_dense": np.nan}
+    layers = run.artifacts["factors"].table("layers.parquet")
+    kept, dense = float(layers["parameters"].sum()), float(layers["parameters_dense"].sum())
+    return {"sparsity_effective": 1 - kept / dense, "parameters": kept, "parameters_dense": dense}
+
+
+def _spearman(run: Run, tasks: list[str]) -> dict[str, float]:
+    """Rank correlation with the target for each task, and its mean with interval."""
+    names = {f"spearman_{task}": task for task in tasks} | {"spearman_mean": MEAN}
+    row: dict[str, float] = {}
+    for column, task in names.items():
+        found = fidelity_value(run, task, "spearman")
+        row[column] = found["value"] if found else np.nan
+        row[f"{column}_low"] = found["low"] if found else np.nan
+        row[f"{column}_high"] = found["high"] if found else np.nan
+    return row
+
+
+def fidelity_value(run: Run, task: str, metric: str) -> dict[str, float] | None:
+    """Value, low, high and n of one fidelity metric; None if it was not measured."""
+    if "fidelity" not in run.artifacts:
+        return None
+    table = run.artifacts["fidelity"].table("fidelity.parquet")
+    hit = table[(table["task"] == task) & (table["metric"] == metric)]
+    if hit.empty:
+        return None
+    return {name: float(hit.iloc[0][name]) for name in ("value", "low", "high", "n")}
+
+
+def scoring_seconds(run: Run) -> float | None:
+    """Wall-clock seconds of the scoring pass, over the pool or, until fidelity, over its slice."""
+    features = run.artifacts.get("features")
+    return features.seconds if features else None
+
+
+def scored_examples(study: Study, run: Run) -> float | None:
+    """Pool examples that the scoring pass went over."""
+    features = run.artifacts.get("features")
+    if features is None:
+        return None
+    counted = features.metric("examples")
+    if counted is None and features.params.get("subset", {}).get("name") == "all":
+        return pool_size(study)
+    return counted
+
+
+def pool_size(study: Study) -> int | None:
+    """Examples in the candidate pool."""
+    pool = study.shared.get("pool")
+    return len(pool.table("pool.parquet")) if pool else None
+
+
+def seconds_per_1000(study: Study, run: Run) -> float | None:
+    """Scoring seconds for 1,000 examples: comparable between runs over pool and slice."""
+    seconds, examples = scoring_seconds(run), scored_examples(study, run)
+    return 1000 * seconds / examples if seconds is not None and examples else None
+
+
+def speedup(study: Study, run: Run) -> float | None:
+    """How many times faster than with the target an example was scored."""
+    reference = seconds_per_1000(study, study.target_run) if study.target_run else None
+    own = seconds_per_1000(study, run)
+    return reference / own if reference and own else None
+
+
+MAKING = ("probe", "decomposition", "factors", "proxy")
+"""Steps that make a proxy out of the warmed-up target."""
+
+
+def making_seconds(run: Run) -> float | None:
+    """Seconds to make the run's proxy, None for a run without one or with a time missing."""
+    steps = [run.artifacts[name].seconds for name in MAKING if name in run.artifacts]
+    return sum(s for s in steps if s is not None) if steps and None not in steps else None
+
+
+def _losses(study: Study, run: Run) -> dict[str, float]:
+    """Held-out loss after fine-tuning on this run's selection, and its change."""
+    row: dict[str, float] = {}
+    evaluations = run.of("evaluation", study.tasks)
+    for task in study.tasks:
+        value = metric_value(evaluations.get(task), "loss")
+        base = metric_value(study.base.get(task), "loss")
+        row[f"loss_{task}"] = value["value"]
+        row[f"loss_{task}_low"], row[f"loss_{task}_high"] = value["low"], value["high"]
+        row[f"loss_{task}_delta"] = value["value"] - base["value"]
+    return row
+
+
+def metric_value(evaluation: Artifact | None, metric: str) -> dict[str, float]:
+    """Value, low, high and n of one evaluation metric, NaN where not measured."""
+    found = evaluation.json("metrics.json").get(metric) if evaluation else None
+    found = found or {}
+    return {
+        name: np.nan if found.get(name) is None else float(found[name])
+        for name in ("value", "low", "high", "n")
+    }
+
+
+def _overlaps(study: Study, run: Run) -> dict[str, float]:
+    """Share of the target run's selection that this run selected too, and its mean over tasks."""
+    row = {f"overlap_{task}": selection_overlap(study, run, task) for task in study.tasks}
+    return {**row, "overlap_mean": float(np.mean(list(row.values())))}
+
+
+def fidelity(study: Study) -> pd.DataFrame:
+    """All fidelity metrics: run, task (or ``mean``), metric, value, low, high, n."""
+    columns = ["run", "task", "metric", "value", "low", "high", "n"]
+    tables = [
+        run.artifacts["fidelity"].table("fidelity.parquet").assign(run=run.name)[columns]
+        for run in study.runs
+        if "fidelity" in run.artifacts
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
+def heldout(study: Study) -> pd.DataFrame:
+    """All metrics of all evaluations: run (or ``base``), group, task, metric, value, low, high, n.
+
+    ``delta`` is the difference to the untouched target on the same items, with its paired 95 %
+    interval ``delta_low``, ``delta_high``.
+    """
+    rows = [
+        _heldout_row(study, "base", "base", task, metric, artifact)
+        for task, artifact in study.base.items()
+        for metric in metric_names(artifact)
+    ]
+    rows += [
+        _heldout_row(study, run.name, run.group, task, metric, artifact)
+        for run in study.runs
+        for task, artifact in run.of("evaluation", study.tasks).items()
+        for metric in metric_names(artifact)
+    ]
+    columns = ["run", "group", "task", "metric", "value", "low", "high", "n"]
+    return pd.DataFrame(rows, columns=[*columns, "delta", "delta_low", "delta_high"])
+
+
+def metric_names(evaluation: Artifact) -> list[str]:
+    """Metrics of an evaluation that have a value and an interval."""
+    metrics = evaluation.json("metrics.json")
+    return [name for name, entry in metrics.items() if isinstance(entry, dict) and "value" in entry]
+
+
+def _heldout_row(
+    study: Study, run: str, group: str, task: str, metric: str, artifact: Artifact
+) -> dict[str, Any]:
+    row = {"run": run, "group": group, "task": task, "metric": metric}
+    row |= metric_value(artifact, metric)
+    base = study.base.get(task)
+    if run == "base" or base is None:
+        return row
+    difference = compare(metric, [artifact], [base])
+    if difference is None:
+        return row
+    ends = {"delta_low": difference.low, "delta_high": difference.high}
+    return {**row, "delta": difference.value, **ends}
+
+
+def item_values(evaluation: Artifact, metric: str) -> pd.Series | None:
+    """Value of each test item of one metric (index: item), None if items do not carry it."""
+    items = evaluation.table("items.parquet")
+    column = {"accuracy": "correct"}.get(metric, metric)
+    if column not in items:
+        return None
+    values: pd.Series = items.set_index("example_id")[column].astype(float).dropna()
+    return values if len(values) else None
+
+
+def compare(metric: str, first: list[Artifact], second: list[Artifact]) -> Difference | None:
+    """Paired difference (first - second) of one metric; several evaluations are averaged by item.
+
+    None when the metric does not come as one value per item.
+    """
+    means = []
+    for evaluations in (first, second):
+        values = [item_values(evaluation, metric) for evaluation in evaluations]
+        found = [v for v in values if v is not None]
+        if not found or len(found) < len(values):
+            return None
+        means.append(pd.concat(found, axis=1).mean(axis=1, skipna=False))
+    return paired_difference(means[0], means[1])
+
+
+def agreement(study: Study) -> pd.DataFrame:
+    """Spearman correlation of the runs' scores over the pool: task, run_a, run_b, spearman, n.
+
+    Of runs that differ only by a random draw the first stands for all.
+    """
+    ranked = [run for run in study.drawn_once if "ranking" in run.artifacts]
+    rows = []
+    for task in study.tasks:
+        ranks = pd.DataFrame({run.name: _score_ranks(run, task) for run in ranked})
+        for i, first in enumerate(ranked):
+            for second in ranked[i:]:
+                pair = ranks[[first.name, second.name]].dropna() if first is not second else ranks
+                value = float(pair[first.name].corr(pair[second.name])) if first is not second else 1.0
+                rows.append([task, first.name, second.name, value, len(pair)])
+    return pd.DataFrame(rows, columns=["task", "run_a", "run_b", "spearman", "n"])
+
+
+def _score_ranks(run: Run, task: str) -> pd.Series:
+    """Rank of each example's score, ties averaged, by example id."""
+    ranking = run.artifacts["ranking"].table("ranking.parquet")
+    own = ranking[ranking["task"] == task].set_index("example_id")
+    return own["score"].rank()
+
+
+def layers(study: Study) -> pd.DataFrame:
+    """Layers of every distinct proxy, ``run`` first; runs with the same factors appear once."""
+    seen: set[str] = set()
+    tables = []
+    for run in study.runs:
+        factors = run.artifacts.get("factors")
+        if factors is None or factors.id in seen:
+            continue
+        seen.add(factors.id)
+        table = factors.table("layers.parquet")
+        tables.append(table.assign(run=run.name)[["run", *table.columns]])
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["run"])
+
+
+def stages(study: Study) -> pd.DataFrame:
+    """One row per distinct stage folder: stage, id, runs that use it, seconds, memory, content."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for owner, _, artifact in study.artifacts():
+        row = rows.setdefault((artifact.stage, artifact.id), _stage_row(artifact))
+        if owner not in row["runs"]:
+            row["runs"].append(owner)
+    columns = ["stage", "id", "runs", "seconds", "peak_memory_bytes", "content"]
+    table = pd.DataFrame(list(rows.values()), columns=columns)
+    return table.assign(runs=[", ".join(names) for names in table["runs"]])
+
+
+def _stage_row(artifact: Artifact) -> dict[str, Any]:
+    return {
+        "stage": artifact.stage,
+        "id": artifact.id,
+        "runs": [],
+        "seconds": _or_nan(artifact.seconds),
+        "peak_memory_bytes": _or_nan(artifact.peak_memory_bytes),
+        "content": artifact.content,
+    }
+
+
+def costs(study: Study) -> pd.DataFrame:
+    """What each run's stages cost: run, step, id, seconds, memory, tokens, FLOPs.
+
+    A folder that several runs share is listed for each; ``shared_by`` counts the runs, so that
+    sums over runs can leave the repetitions out.
+    """
+    users: dict[str, set[str]] = {}
+    for owner, _, artifact in study.artifacts():
+        users.setdefault(artifact.id, set()).add(owner)
+    rows = [
+        {
+            "run": run.name,
+            "step": name,
+            "id": artifact.id,
+            "seconds": _or_nan(artifact.seconds),
+            "peak_memory_bytes": _or_nan(artifact.peak_memory_bytes),
+            "tokens": _or_nan(artifact.metric("tokens")),
+            "flops": _or_nan(artifact.metric("flops")),
+            "shared_by": len(users[artifact.id]),
+        }
+        for run in study.runs
+        for name, artifact in run.artifacts.items()
+    ]
+    columns = ["run", "step", "id", "seconds", "peak_memory_bytes", "tokens", "flops", "shared_by"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def headline(study: Study) -> pd.DataFrame:
+    """The short answer: base first, then one row per group of runs.
+
+    Columns: ``run``, ``draws``; ``fidelity`` (mean Spearman with the target) with interval;
+    ``scoring_seconds``, ``speedup``; for each task ``loss_<task>`` (mean over draws) with
+    ``_low``, ``_high`` (the 95 % interval of a single run, the range over several draws),
+    ``_delta`` to base, with its paired interval ``_delta_low``, ``_delta_high``.
+    """
+    rows = [_headline_row(study, "base", None)] if study.base else []
+    rows += [_headline_row(study, group, members) for group, members in study.groups.items()]
+    return pd.DataFrame(rows)
+
+
+def _headline_row(study: Study, name: str, members: list[Run] | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"run": name, "draws": len(members) if members else np.nan}
+    first = members[0] if members else None
+    found = fidelity_value(first, MEAN, "spearman") if first else None
+    row["fidelity"] = found["value"] if found else np.nan
+    row["fidelity_low"] = found["low"] if found else np.nan
+    row["fidelity_high"] = found["high"] if found else np.nan
+    row["scoring_seconds"] = _or_nan(scoring_seconds(first)) if first else np.nan
+    row["speedup"] = _or_nan(speedup(study, first)) if first else np.nan
+    for task in study.tasks:
+        row |= _headline_loss(study, members, task)
+    return row
+
+
+def _headline_loss(study: Study, members: list[Run] | None, task: str) -> dict[str, float]:
+    base = study.base.get(task)
+    evaluations = evaluations_of(study, members, task) if members else [e for e in [base] if e]
+    measured = [metric_value(evaluation, "loss") for evaluation in evaluations]
+    values = [m["value"] for m in measured if known(m["value"])]
+    single = measured[0] if len(values) == 1 else {"low": np.nan, "high": np.nan}
+    several = len(values) > 1
+    difference = None
+    if members and values and base is not None:
+        difference = compare("loss", evaluations, [base])
+    return {
+        f"loss_{task}": float(np.mean(values)) if values else np.nan,
+        f"loss_{task}_low": min(values) if several else single["low"],
+        f"loss_{task}_high": max(values) if several else single["high"],
+        f"loss_{task}_delta": difference.value if difference else np.nan,
+        f"loss_{task}_delta_low": difference.low if difference else np.nan,
+        f"loss_{task}_delta_high": difference.high if difference else np.nan,
+    }
+
+
+def evaluations_of(study: Study, members: Iterable[Run], task: str) -> list[Artifact]:
+    """Evaluations on one task of the runs of a group."""
+    found = (run.of("evaluation", [task]).get(task) for run in members)
+    return [evaluation for evaluation in found if evaluation is not None]
+
+
+def question(study: Study) -> str:
+    """What the study asked, in one sentence."""
+    pool, config = study.shared.get("pool"), study.config
+    n = f"{len(pool.table('pool.parquet')):,} examples" if pool else "examples"
+    share = config.get("select", {}).get("fraction")
+    which = f"Which {100 * share:g} % of the {n}" if share else f"Which of the {n}"
+    source = config.get("pool", {})
+    named = next((v for k in ("name", "path") if (v := source.get(k))), None)
+    named = named or next((v.get("name") or v.get("requirement") for k in ("hub", "package") if (v := source.get(k))), None)
+    of_pool = f" of {named}" if named else ""
+    model = config.get("target", {}).get("model", "the target")
+    ways = len(study.groups)
+    return (
+        f"{which}{of_pool} should {model} be fine-tuned on to do well at {listed(study.tasks)}? "
+        f"{ways} way{'s' if ways != 1 else ''} of ranking the pool {'were' if ways != 1 else 'was'} compared."
+    )
+
+
+def findings(study: Study) -> list[str]:
+    """The answer in sentences, each saying whether its difference is more than noise."""
+    told = [_fidelity_finding(study), _cost_finding(study)]
+    told += [_loss_finding(study, task) for task in study.tasks]
+    return [sentence for sentence in told if sentence]
+
+
+def _fidelity_finding(study: Study) -> str | None:
+    """Which proxy orders the pool most like the target, and which cannot be told from it."""
+    measured = {
+        run.name: found
+        for run in study.drawn_once
+        if (found := fidelity_value(run, MEAN, "spearman")) and known(found["value"])
+    }
+    if not measured:
+        return None
+    best = max(measured, key=lambda name: measured[name]["value"])
+    top = measured[best]
+    rivals = [
+        name
+        for name, other in measured.items()
+        if name != best
+        and intervals_overlap((other["low"], other["high"]), (top["low"], top["high"]))
+    ]
+    text = (
+        f"{best} ranks most like the target: Spearman {number(top['value'], 2)} "
+        f"{interval(top['low'], top['high'], 2)}".rstrip()
+        + f" averaged over tasks, on {top['n']:,.0f} examples."
+    )
+    if rivals:
+        text += f" Its interval overlaps that of {listed(rivals)}: no order among them is certain."
+    return text
+
+
+def _cost_finding(study: Study) -> str | None:
+    """How much faster than the target the fastest proxy scores, and what making it cost."""
+    timed = {r.name: s for r in study.drawn_once if not r.is_target and (s := speedup(study, r))}
+    if not timed or study.target_run is None:
+        return None
+    fastest = next(run for run in study.runs if run.name == max(timed, key=lambda name: timed[name]))
+    own, whole = seconds_per_1000(study, fastest), seconds_per_1000(study, study.target_run)
+    times = timed[fastest.name]
+    text = (
+        f"Scoring 1,000 examples takes {duration(own)} with {fastest.name} and {duration(whole)} "
+        f"with the target, {times:.2f} times the speed"
+    )
+    making = making_seconds(fastest)
+    return f"{text}; making the proxy took {duration(making)} once." if making else f"{text}."
+
+
+def _loss_finding(study: Study, task: str) -> str | None:
+    """The best selection for one task, against base and against chance."""
+    scored = {
+        group: evaluations
+        for group, members in study.groups.items()
+        if not members[0].is_random and (evaluations := evaluations_of(study, members, task))
+    }
+    losses = {group: _mean_loss(evaluations) for group, evaluations in scored.items()}
+    losses = {group: loss for group, loss in losses.items() if known(loss)}
+    if not losses:
+        return None
+    best = min(losses, key=lambda group: losses[group])
+    text = f"{task}: lowest held-out loss after training on the selection of {best}, {number(losses[best])}"
+    base = study.base.get(task)
+    if base is not None:
+        text += f" (untouched target {number(_mean_loss([base]))})"
+    chance = [
+        e
+        for members in study.groups.values()
+        if members[0].is_random
+        for e in evaluations_of(study, members, task)
+    ]
+    return f"{text}. {_against_chance(best, scored[best], chance)}"
+
+
+def _against_chance(name: str, evaluations: list[Artifact], chance: list[Artifact]) -> str:
+    """Whether a selection beat random ones by more than the test items' and the draws' noise."""
+    if not chance:
+        return "No random selection was trained on, so what choosing adds is not known."
+    draws = [metric_value(evaluation, "loss")["value"] for evaluation in chance]
+    against = f"Against random ({'one draw' if len(draws) == 1 else f'mean of {len(draws)} draws'}, {number(float(np.mean(draws)))})"
+    difference = compare("loss", evaluations, chance)
+    if difference is None:
+        return f"{against} no interval can be given: the test items carry no losses."
+    told = f"{against} the difference is {signed(difference.value)}"
+    if (ends := interval(difference.low, difference.high)):
+        told += f" {ends} over {difference.n} items"
+    own = _mean_loss(evaluations)
+    inside_draws = len(draws) > 1 and min(draws) <= own <= max(draws)
+    if not difference.beyond_noise:
+        return f"{told}: within its interval, so not a difference this study can show."
+    if inside_draws:
+        return f"{told}, but single draws scatter from {number(min(draws))} to {number(max(draws))}, around {name}: luck of the draw explains it as well."
+    word = "lower" if difference.value < 0 else "higher"
+    caution = "; with one draw, luck of the draw is not in the interval" if len(draws) == 1 else ", and outside the range of the draws"
+    return f"{told}: {word} than chance{caution}."
+
+
+def _mean_loss(evaluations: list[Artifact]) -> float:
+    return float(np.mean([metric_value(evaluation, "loss")["value"] for evaluation in evaluations]))
+
+
+def summary(study: Study) -> str:
+    """The text printed when the workflow is done: question, short table, findings, where things are."""
+    table = headline(study)
+    header = ["run", "fidelity", "scoring", *(f"loss {task}" for task in study.tasks)]
+    if study.target_run is not None:
+        header.insert(3, "speed-up")
+    rows = []
+    for row in table.to_dict("records"):
+        cells = [str(row["run"]) + (f" (x{row['draws']:.0f})" if row["draws"] > 1 else "")]
+        cells.append(f"{number(row['fidelity'], 2)} {interval(row['fidelity_low'], row['fidelity_high'], 2)}".strip())
+        cells.append(duration(row["scoring_seconds"]))
+        if study.target_run is not None:
+            cells.append(f"{row['speedup']:.2f}x" if known(row["speedup"]) else MISSING)
+        cells += [f"{number(row[f'loss_{t}'])} {interval(row[f'loss_{t}_low'], row[f'loss_{t}_high'])}".strip() for t in study.tasks]
+        rows.append(cells)
+    where = [
+        f"ranking of {run.name}: {place(run.artifacts['ranking'], 'ranking.parquet')}"
+        for run in study.drawn_once
+        if "ranking" in run.artifacts and not run.is_random
+    ]
+    parts = [
+        f"Study {study.name}. {question(study)}",
+        text_table(header, rows),
+        "Fidelity: mean Spearman with the target. Loss: held out, after fine-tuning on the "
+        "selection. [95 % interval, or range over draws]",
+        "\n".join(findings(study)),
+        "\n".join(where),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def place(artifact: Artifact, name: str) -> str:
+    """Path of an artifact's file as seen from the folder that holds ``results``."""
+    return "/".join([*artifact.folder.parts[-3:], name])
+
+
+def listed(words: list[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]])) if words else ""
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
