@@ -218,15 +218,18 @@ def agreement(a: pd.DataFrame, b: pd.DataFrame) -> tuple[int, int, int, float | 
 
     Returns:
         Examples in common, only in A, only in B; Spearman's correlation of the scores over the
-        common examples (average ranks for ties; ``None`` when a side is constant); share of the
+        common examples (those that both sides could score; average ranks
+        for ties; ``None`` when a side is constant); share of the
         first 5 % of A (at least one example) that is in the first 5 % of B, among the common ones.
     """
+    import numpy as np
+
     both = a.merge(b, on="example_id", suffixes=("_a", "_b"))
     n = len(both)
     counts = (n, len(a) - n, len(b) - n)
     if n == 0:
         return (*counts, None, None)
-    scored = both.dropna(subset=["score_a", "score_b"])
+    scored = both[np.isfinite(both["score_a"]) & np.isfinite(both["score_b"])]
     ranks_a, ranks_b = scored["score_a"].rank(), scored["score_b"].rank()
     varied = ranks_a.nunique() > 1 and ranks_b.nunique() > 1
     spearman = float(ranks_a.corr(ranks_b)) if varied else None

@@ -60,7 +60,8 @@ def file_blocks(path: Path, rows: int) -> Blocks:
         ArtifactError: Nothing is known about this kind of file.
     """
     if (path / "zarr.json").is_file():
-        return store(path, rows)
+        is_array = read_json(path / "zarr.json").get("node_type") == "array"
+        return array(path, rows) if is_array else store(path, rows)
     if (path / "config.json").is_file():
         return model(path, rows)
     if path.is_dir():
@@ -127,10 +128,12 @@ def split(path: Path, rows: int) -> Blocks:
 
 def ranking(path: Path, rows: int) -> Blocks:
     """Settings, and both ends of every task's ranking."""
+    import numpy as np
+
     table = _read(path)
     yield from _metadata(path)
     for task, group in table.groupby("task", sort=True):
-        finite = group["score"].dropna()
+        finite = group["score"][np.isfinite(group["score"])]
         ends = (finite.min(), finite.median(), finite.max()) if len(finite) else (None,) * 3
         names = ("lowest score", "median score", "highest score")
         without = {"without a score": len(group) - len(finite)}
@@ -267,9 +270,19 @@ def store(path: Path, rows: int) -> Blocks:
     attrs = dict(group.attrs)
     yield Facts(path.name, {"size": human_bytes(_folder_bytes(path)), **_small(attrs)})
     yield from _attribute_tables(attrs, rows)
-    arrays = [_array_row(name, array) for name, array in _arrays(group)]
-    columns = ["array", "shape", "dimensions", "dtype"]
-    yield _some(f"{path.name}: arrays", columns, arrays, rows)
+    yield _arrays_table(group, rows, f"{path.name}: arrays")
+
+
+def array(path: Path, rows: int) -> Blocks:
+    """Shape, attributes and first values of one array of a Zarr store."""
+    import zarr
+
+    stored = zarr.open_array(str(path), mode="r")
+    _, shape, dims, dtype = _array_row(path.name, stored)
+    facts = {"shape": shape, "dimensions": dims, "dtype": dtype, **flat(dict(stored.attrs))}
+    yield Facts(path.name, facts)
+    head = stored[:rows] if stored.shape else [stored[...]]
+    yield Table("first values", ["value"], [[_cell(value)] for value in head])
 
 
 def spectra(path: Path, rows: int) -> Blocks:
@@ -301,40 +314,71 @@ def layers(path: Path, rows: int) -> Blocks:
     yield _head(table, rows, "layers")
 
 
-def shards(path: Path, rows: int) -> Blocks:
-    """Examples, tokens and arrays of one shard, and the kernel that each kind of layer used."""
+def features(path: Path, rows: int) -> Blocks:
+    """Shards of a scoring pass, its columns, and which kernel each kind of layer used and why."""
     from iprox.store.arrays import open_store
 
-    group = open_store(path)
-    n_examples = next((a.shape[0] for n, a in _arrays(group) if n.endswith("example_id")), None)
-    tokens = next((a for n, a in _arrays(group) if n in ("tokens", "n_tokens")), None)
-    counted = {"examples": n_examples}
-    if tokens is not None:
-        counted["tokens"] = int(tokens[...].sum())
-    attrs = dict(group.attrs)
-    yield Facts(path.name, counted | _small(attrs))
+    stores = {shard.name: open_store(shard) for shard in sorted(path.glob("shard-*.zarr"))}
+    if not stores:
+        yield Facts("shards", {"shard-*.zarr": "absent"})
+        return
+    counts = {name: _shard_counts(group) for name, group in stores.items()}
+    kinds = dict.fromkeys(kind for count in counts.values() for kind in count)
+    totals = {kind: sum(count.get(kind, 0) for count in counts.values()) for kind in kinds}
+    yield Facts("features", {"shards": len(stores), **totals})
+    first = next(iter(stores.values()))
+    if "columns" in first and "query_norms" in first:
+        pairs = zip(first["columns"][...], first["query_norms"][...], strict=True)
+        body = [[str(name), norm] for name, norm in pairs]
+        yield _some("columns", ["column", "query norm"], body, rows)
+    attrs = dict(first.attrs)
+    yield Facts("settings", _small(attrs))
     yield from _attribute_tables(attrs, rows)
-    arrays = [_array_row(name, array) for name, array in _arrays(group)]
-    yield _some(f"{path.name}: arrays", ["array", "shape", "dimensions", "dtype"], arrays, rows)
+    yield _arrays_table(first, rows, f"arrays of {next(iter(stores))}")
+    if len(counts) > 1:
+        yield _records([{"shard": n} | count for n, count in counts.items()], rows, "shards")
+
+
+def _shard_counts(group: Any) -> dict[str, int]:
+    """Examples and tokens of one shard, and its examples that cannot be scored."""
+    counts = {}
+    if "example_id" in group:
+        counts["examples"] = int(group["example_id"].shape[0])
+    if "tokens" in group:
+        counts["tokens"] = int(group["tokens"][...].sum())
+    if "supervised" in group:
+        counts["without supervised tokens"] = int((group["supervised"][...] == 0).sum())
+    return counts
 
 
 def query_gradients(path: Path, rows: int) -> Blocks:
-    """Shape and norm of each layer's query gradient, and the totals."""
-    import numpy as np
-
+    """Groups of queries with the norm of their gradient, and each layer's shape and norm."""
     from iprox.store.arrays import open_store
 
     group = open_store(path)
     attrs = dict(group.attrs)
-    yield Facts(path.name, {"size": human_bytes(_folder_bytes(path)), **_small(attrs)})
-    yield from _attribute_tables(attrs, rows)
-    table = []
-    for name, array in _arrays(group):
-        numbers = array.dtype.kind == "f" if hasattr(array.dtype, "kind") else False
-        norm = float(np.linalg.norm(array[...].astype("float64"))) if numbers else None
-        table.append([*_array_row(name, array), norm])
-    columns = ["array", "shape", "dimensions", "dtype", "norm"]
-    yield _some(f"{path.name}: arrays", columns, table, rows)
+    settings = {k: v for k, v in attrs.items() if k not in ("layers", "n_queries")}
+    yield Facts(path.name, {"size": human_bytes(_folder_bytes(path)), **_small(settings)})
+    if "group" in group and "norms" in group:
+        names, norms = [str(n) for n in group["group"][...]], group["norms"][...].tolist()
+        sizes = attrs.get("n_queries", {})
+        body = [[n, sizes.get(n), norm] for n, norm in zip(names, norms, strict=True)]
+        yield _some("groups of queries", ["group", "queries", "norm"], body, rows)
+    if "gradients" in group:
+        arrays = list(_arrays(group["gradients"]))
+        body = [[name, _shape(a.shape), _norm(a)] for name, a in arrays[:rows]]
+        note = _more(len(body), len(arrays))
+        yield Table("layers", ["layer", "shape (groups, out, in)", "norm"], body, note)
+    else:
+        yield _arrays_table(group, rows, f"{path.name}: arrays")
+
+
+def _norm(array: Any) -> float:
+    """Norm of a stored array, read a slice at a time."""
+    import numpy as np
+
+    slices = (array[i].astype(np.float64) for i in range(array.shape[0]))
+    return math.sqrt(sum(float(np.vdot(part, part)) for part in slices))
 
 
 def _arrays(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -345,23 +389,41 @@ def _arrays(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from _arrays(child, f"{prefix}{name}/")
 
 
+def _arrays_table(group: Any, rows: int, title: str) -> Table:
+    """Name, shape, dimensions and dtype of every array of a store."""
+    body = [_array_row(name, stored) for name, stored in _arrays(group)]
+    return _some(title, ["array", "shape", "dimensions", "dtype"], body, rows)
+
+
 def _array_row(name: str, array: Any) -> list[Any]:
     dims = ", ".join(str(d) for d in array.metadata.dimension_names or ())
     return [name, _shape(array.shape), dims, str(array.dtype)]
 
 
+LONG = 12
+"""Attributes with more entries than this become tables, or are counted."""
+
+
 def _attribute_tables(attrs: Mapping[str, Any], rows: int) -> Blocks:
-    """Attributes that are lists of mappings, or mappings of mappings, as tables of their own."""
+    """Attributes that are lists of mappings, or long mappings, as tables of their own."""
     for key, value in attrs.items():
         if _is_records(value):
             yield _records(value, rows, key)
         elif _is_nested(value):
             yield _records([{"name": k} | v for k, v in value.items()], rows, key)
+        elif isinstance(value, dict) and len(value) > LONG:
+            body = [[name, _cell(entry)] for name, entry in value.items()]
+            yield _some(key, ["name", "value"], body, rows)
 
 
 def _small(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes that are not tables, by dotted key."""
-    return flat({k: v for k, v in attrs.items() if not _is_records(v) and not _is_nested(v)})
+    """Attributes that are not tables, by dotted key; long lists are counted."""
+    kept = {k: v for k, v in attrs.items() if not _is_records(v) and not _is_nested(v)}
+    short = {k: v for k, v in kept.items() if not (isinstance(v, dict) and len(v) > LONG)}
+    return {
+        key: f"{len(value)} values" if isinstance(value, list) and len(value) > LONG else value
+        for key, value in flat(short).items()
+    }
 
 
 def _is_records(value: Any) -> bool:
@@ -487,7 +549,7 @@ STAGE_VIEWS: dict[str, tuple[tuple[str, View], ...]] = {
     "proxy": ((".", model), ("alignment.parquet", training_log)),
     "curvature": (("curvature.zarr", store),),
     "query": (("query.zarr", query_gradients),),
-    "features": (("shard-*.zarr", shards),),
+    "features": ((".", features),),
     "ranking": (("ranking.parquet", ranking),),
     "fidelity": (("fidelity.parquet", whole_table),),
     "selection": (("selection.parquet", selection), ("selected.jsonl", first_lines)),
@@ -591,7 +653,7 @@ def _some(title: str, columns: list[str], body: list[list[Any]], rows: int) -> T
 
 def _more(shown: int, total: int | None) -> str:
     left = 0 if total is None else total - shown
-    return f"{left:,} more rows; --rows N shows more" if left > 0 else ""
+    return f"{left:,} more row{'s' * (left > 1)}; --rows N shows more" if left > 0 else ""
 
 
 def _cell(value: Any) -> Any:

@@ -30,7 +30,10 @@ def json_schema() -> Schema:
     raw = _raw_schema()
     definitions: Schema = raw["$defs"]
     properties = raw["properties"]
-    shared = {key: _described(spec) for key, spec in properties.items()}
+    shared = {
+        key: _described(spec) if key in raw["required"] else _or_nothing(_described(spec))
+        for key, spec in properties.items()
+    }
     sections = {name: _closed(spec) for name, spec in definitions.items()}
     sections["TaskSection"] = _task(sections["TaskSection"])
     grids = {f"{name}Grid": _grid(definitions[name], definitions) for name in _run_sections(raw)}
@@ -177,6 +180,15 @@ def _described(spec: Schema) -> Schema:
         description = spec.get("description", "")
         plain["description"] = f"{description} Default: {_yaml(default)}.".strip()
     return plain
+
+
+def _or_nothing(spec: Schema) -> Schema:
+    """A key that may stand empty: YAML's null, which a section of comments only amounts to."""
+    value, nothing = _without(spec, "description"), {"type": "null"}
+    if nothing in value.get("anyOf", []):
+        return spec
+    description = {"description": spec["description"]} if "description" in spec else {}
+    return {**description, "anyOf": [value, nothing]}
 
 
 def _grid(definition: Schema, definitions: Schema) -> Schema:

@@ -1,0 +1,320 @@
+"""A results folder with a tiny artifact of every stage, written without running any stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import save_file
+
+from iprox.plan.plan import Node, Plan
+from iprox.store.arrays import create_store, put
+from iprox.store.manifest import MANIFEST, PROVENANCE, SPEC, Manifest, describe, dump_json
+from iprox.store.tables import write_table
+
+EVIL = "[red]x[/red] \x1b[31mred\x1b[0m \x9b31m \u202eabc"
+"""Text of a pool that would colour, move or reverse what a terminal shows."""
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+def chat(*contents: str) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+class Results:
+    """Writes artifacts below ``root/results`` with the plan's own identities."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.plan = Plan(study=None)  # type: ignore[arg-type]
+
+    def add(
+        self,
+        stage: str,
+        label: str,
+        params: dict[str, Any],
+        parents: dict[str, Node] | None,
+        write: Callable[[Path], None],
+    ) -> Node:
+        node = self.plan.add(stage, label, params, parents)
+        folder = self.root / node.folder
+        folder.mkdir(parents=True)
+        write(folder)
+        manifest = describe(stage, folder)
+        provenance = {
+            "git_revision": "abc",
+            "metrics": {"examples": 3},
+            "peak_memory_bytes": 123_456_789,
+            "seconds": 1.5,
+            "versions": {"torch": "2.13.0"},
+        }
+        (folder / SPEC).write_text(dump_json(node.spec))
+        (folder / PROVENANCE).write_text(dump_json(provenance))
+        (folder / MANIFEST).write_text(manifest.to_json())
+        return node
+
+    def folder(self, node: Node) -> Path:
+        return self.root / node.folder
+
+    def link(self, study: str, run: str, nodes: dict[str, Node]) -> Path:
+        """A run's folder of relative links, as the plan's index makes it."""
+        folder = self.root / "results" / "studies" / study / run
+        folder.mkdir(parents=True)
+        for name, node in nodes.items():
+            (folder / name).symlink_to(Path("../../..") / node.stage / node.id)
+        return folder
+
+
+def write_pool(folder: Path) -> None:
+    rows = [
+        {
+            "example_id": f"e{i}",
+            "source": "demo",
+            "category": "qa",
+            "messages": chat(EVIL, f"answer {i}"),
+            "text_hash": f"h{i}",
+        }
+        for i in range(4)
+    ]
+    write_table(folder / "pool.parquet", pd.DataFrame(rows), {"licence": "CC BY 4.0"})
+
+
+def write_task(folder: Path) -> None:
+    query = {
+        "example_id": "q0",
+        "subtask": "law",
+        "messages": chat("Q", "A"),
+        "prefix": "",
+        "eos": True,
+    }
+    item = {
+        "example_id": "t0",
+        "subtask": "law",
+        "kind": "choice",
+        "messages": chat("Q"),
+        "prefix": "",
+        "choices": ["A", "B"],
+        "answer": "A",
+    }
+    write_table(folder / "queries.parquet", pd.DataFrame([query]))
+    write_table(folder / "test.parquet", pd.DataFrame([item]))
+
+
+def write_model(folder: Path, log: str = "") -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "hidden_size": 4, "num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({f"{LAYER}.weight": np.zeros((6, 4), np.float32)}, folder / "model.safetensors")
+    if log:
+        table = pd.DataFrame({"step": [1, 2, 3], "loss": [3.0, 2.0, 1.25]})
+        write_table(folder / log, table)
+
+
+def write_proxy(folder: Path) -> None:
+    write_model(folder, "alignment.parquet")
+    (folder / "proxy.json").write_text(json.dumps({"ranks": {LAYER: 2}, "gauge": "balanced"}))
+
+
+def write_split(folder: Path) -> None:
+    table = pd.DataFrame({"example_id": ["e0", "e1"], "split": "probe", "position": [0, 1]})
+    write_table(folder / "split.parquet", table)
+
+
+def write_probe(folder: Path) -> None:
+    layers = {LAYER: {"site": "s0", "out": 6, "in": 4}}
+    group = create_store(folder / "probe.zarr", {"tokens": 5, "layers": layers})
+    put(group, "inputs/s0", np.ones((5, 4), np.float32), ("tokens", "in"))
+    put(group, f"output_grads/{LAYER}", np.ones((5, 6), np.float32), ("tokens", "out"))
+
+
+def write_spectra(folder: Path) -> None:
+    group = create_store(folder / "spectra.zarr", {"layers": [LAYER]})
+    attrs = {"out": 6, "in": 4, "kernel": "exact/product", "floor": 0.0, "fallback": None}
+    values = np.array([2.5, 1.0])
+    put(group, f"singular_values/{LAYER}", values, ("component",), attrs)
+
+
+def write_decomposition(folder: Path) -> None:
+    write_spectra(folder)
+    pair = {
+        f"{LAYER}.left": np.ones((6, 2), np.float32),
+        f"{LAYER}.right": np.ones((2, 4), np.float32),
+    }
+    save_file(pair, folder / "directions.safetensors", metadata={"iprox": '{"mode": "exact"}'})
+
+
+def write_factors(folder: Path) -> None:
+    write_spectra(folder)
+    pair = {
+        f"{LAYER}.left": np.ones((6, 1), np.float32),
+        f"{LAYER}.right": np.ones((1, 4), np.float32),
+    }
+    save_file(pair, folder / "factors.safetensors", metadata={"iprox": "{}"})
+    row = {
+        "layer": LAYER,
+        "out": 6,
+        "in": 4,
+        "rank": 1,
+        "kept_dense": False,
+        "truncation_error": 0.125,
+        "parameters": 10,
+        "parameters_dense": 24,
+        "kernel": "exact/product",
+    }
+    write_table(folder / "layers.parquet", pd.DataFrame([row]), {"sparsity": 0.5})
+
+
+def write_query(folder: Path) -> None:
+    attrs = {"val_agg": "mean_raw", "n_queries": {"all": 2}, "layers": {LAYER: [2, 2]}}
+    group = create_store(folder / "query.zarr", attrs)
+    gradient = np.array([[[3.0, 0.0], [0.0, 4.0]]], np.float32)
+    put(group, f"gradients/{LAYER}", gradient, ("groups", "out", "in"))
+    put(group, "norms", np.array([5.0]), ("groups",))
+    put(group, "group", np.array(["all"]), ("groups",))
+
+
+def write_shard(folder: Path, number: int, ids: list[str]) -> list[str]:
+    """One shard; returns the names of its files."""
+    kernel = {
+        "out": 6,
+        "in": 4,
+        "layers": 1,
+        "example": LAYER,
+        "materialise_from": 64,
+        "reason": "cheaper",
+    }
+    name = f"shard-{number:05d}.zarr"
+    group = create_store(folder / name, {"kernels": [kernel], "loss_reduction": "token_mean"})
+    put(group, "example_id", np.array(ids), ("examples",))
+    put(group, "dots", np.ones((len(ids), 1)), ("examples", "columns"))
+    put(group, "tokens", np.full(len(ids), 10), ("examples",))
+    put(group, "supervised", np.array([0] + [5] * (len(ids) - 1)), ("examples",))
+    put(group, "columns", np.array(["mmlu"]), ("columns",))
+    put(group, "query_norms", np.array([5.0]), ("columns",))
+    return sorted(
+        p.relative_to(folder).as_posix() for p in (folder / name).rglob("*") if p.is_file()
+    )
+
+
+def write_features(folder: Path) -> None:
+    for number, ids in enumerate((["e0", "e1"], ["e2", "e3"])):
+        names = write_shard(folder, number, ids)
+        manifest: Manifest = describe("features", folder, names)
+        (folder / f"shard-{number:05d}.{MANIFEST}").write_text(manifest.to_json())
+
+
+def ranking_writer(scores: list[float]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        table = pd.DataFrame({"example_id": [f"e{i}" for i in range(len(scores))], "score": scores})
+        table = table.sort_values("score", ascending=False, kind="stable")
+        table = table.assign(task="mmlu", rank=range(1, len(scores) + 1)).astype(
+            {"score": "float32"}
+        )
+        columns = ["task", "rank", "example_id", "score"]
+        write_table(folder / "ranking.parquet", table[columns], {"scorer": "gradient"})
+
+    return write
+
+
+def fidelity_writer(value: float) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        row = {
+            "metric": "spearman",
+            "value": value,
+            "low": value - 0.1,
+            "high": value + 0.1,
+            "n": 4,
+        }
+        table = pd.DataFrame([{"task": task} | row for task in ("mmlu", "mean")])
+        write_table(folder / "fidelity.parquet", table)
+
+    return write
+
+
+def write_selection(folder: Path) -> None:
+    row = {"example_id": "e0", "task": "mmlu", "rank": 1, "score": 0.5, "reason": "top 1 of 4"}
+    write_table(folder / "selection.parquet", pd.DataFrame([row]))
+    line = json.dumps({"example_id": "e0", "messages": chat(EVIL, "A")}, ensure_ascii=False)
+    (folder / "selected.jsonl").write_text(line + "\n", encoding="utf-8")
+
+
+def evaluation_writer(loss: float) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        table = pd.DataFrame({"example_id": ["t0", "t1"], "loss": [loss, loss]})
+        write_table(folder / "items.parquet", table)
+        metrics = {
+            "loss": {"value": loss, "low": loss - 1, "high": loss + 1, "n": 2},
+            "task": "mmlu",
+        }
+        (folder / "metrics.json").write_text(dump_json(metrics))
+
+    return write
+
+
+def write_report(folder: Path) -> None:
+    (folder / "tables").mkdir()
+    (folder / "tables" / "runs.csv").write_text("run\nfull\n")
+    (folder / "index.html").write_text("<html></html>\n")
+
+
+def every_stage(results: Results) -> dict[str, Node]:
+    """One artifact of each stage, with parents as in a run."""
+    add = results.add
+    nodes = {"pool": add("pool", "demo", {"pool": {"name": "demo"}}, None, write_pool)}
+    nodes["task"] = add("task", "mmlu", {"task": {"name": "mmlu"}}, None, write_task)
+    nodes["target"] = add("target", "tiny", {"target": {"model": "tiny"}}, None, write_model)
+    pool = {"pool": nodes["pool"]}
+    nodes["split"] = add("split", "probe", {"split": {"size": 2}}, pool, write_split)
+    nodes["warmup"] = add(
+        "warmup",
+        "tiny",
+        {"warmup": {"lr": 1e-5}},
+        pool | {"split": nodes["split"], "target": nodes["target"]},
+        lambda folder: write_model(folder, "log.parquet"),
+    )
+    warm = {"warmup": nodes["warmup"]}
+    nodes["probe"] = add("probe", "p", {"probe": {"tokens": 5}}, pool | warm, write_probe)
+    nodes["decomposition"] = add(
+        "decomposition",
+        "exact",
+        {"decomposition": {}},
+        {"probe": nodes["probe"]},
+        write_decomposition,
+    )
+    made = {"decomposition": nodes["decomposition"]}
+    nodes["factors"] = add("factors", "f", {"factors": {"sparsity": 0.5}}, made, write_factors)
+    nodes["proxy"] = add("proxy", "f", {"align": {}}, {"factors": nodes["factors"]}, write_proxy)
+    model = {"model": nodes["proxy"]}
+    nodes["query"] = add(
+        "query", "mmlu", {"influence": {}}, model | {"task": nodes["task"]}, write_query
+    )
+    nodes["features"] = add("features", "f", {"influence": {}}, model | pool, write_features)
+    scored = {"features": nodes["features"]}
+    writer = ranking_writer([0.1, 0.4, -np.inf, 0.3])
+    nodes["ranking"] = add("ranking", "f", {"influence": {"score": "cosine"}}, scored, writer)
+    nodes["fidelity"] = add("fidelity", "f", {"fidelity": {}}, scored, fidelity_writer(0.75))
+    ranked = pool | {"ranking": nodes["ranking"]}
+    nodes["selection"] = add(
+        "selection", "f", {"select": {"fraction": 0.25}}, ranked, write_selection
+    )
+    nodes["finetune"] = add(
+        "finetune",
+        "f-mmlu",
+        {"finetune": {"lr": 1e-5}},
+        {"selection": nodes["selection"], "model": nodes["target"]},
+        lambda folder: write_model(folder, "log.parquet"),
+    )
+    nodes["evaluation"] = add(
+        "evaluation",
+        "f-mmlu",
+        {"evaluate": {}},
+        {"model": nodes["finetune"], "task": nodes["task"]},
+        evaluation_writer(2.0),
+    )
+    nodes["report"] = add("report", "demo", {"study": "demo"}, nodes, write_report)
+    return nodes
