@@ -168,7 +168,7 @@ def check_finite(losses: Tensor, example_ids: Sequence[str] | None = None) -> No
         raise NumericsError(
             "the loss of an example is not finite",
             where=example_name(bad[0], example_ids),
-            value=float(losses[bad[0]]),
+            value=float(losses.detach()[bad[0]]),
             allowed="a finite number",
             fix="look for broken text, or for weights or a precision that overflow",
         )

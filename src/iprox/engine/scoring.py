@@ -116,9 +116,7 @@ class Scorer:
             rows = lengths if x.shape[1] == padded else [x.shape[1]] * len(lengths)
             dots[name], squares[name] = self._layer(name, x, d, rows, grams)
 
-        losses = backward_pass(
-            self.model, self.layers, batch, visit, self.reduction, example_ids
-        )
+        losses = backward_pass(self.model, self.layers, batch, visit, self.reduction, example_ids)
         per_layer = torch.stack([squares[name] for name in self.layers]).double()
         self._check(per_layer, example_ids)
         total = torch.stack([dots[name] for name in self.layers]).double().sum(0)
@@ -210,9 +208,7 @@ def mean_gradient(
     return sums
 
 
-def _fitted(
-    layers: Mapping[str, nn.Linear], queries: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _fitted(layers: Mapping[str, nn.Linear], queries: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Queries of exactly these layers, in at least float32; shapes checked."""
     if not queries:
         queries = {n: layer.weight.new_empty(0, *layer.weight.shape) for n, layer in layers.items()}

@@ -69,9 +69,7 @@ def resamples(examples: int, n: int, seed: int) -> Iterator[np.ndarray]:
         yield generator.integers(0, examples, size=(min(size, n - start), examples))
 
 
-def bootstrap(
-    measure: Measure, a: np.ndarray, b: np.ndarray, n: int, seed: int
-) -> np.ndarray:
+def bootstrap(measure: Measure, a: np.ndarray, b: np.ndarray, n: int, seed: int) -> np.ndarray:
     """A measure on bootstrap resamples of the examples, (n,).
 
     Args:

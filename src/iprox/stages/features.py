@@ -242,6 +242,7 @@ def _fill(
         features.loss[rows] = scores.losses.double().cpu().numpy()
         progress.advance(len(rows), tokens=int(batch.lengths.sum()))
 
+
 def _column_blocks(reader: Reader, n_columns: int) -> Iterator[range]:
     """Columns in blocks whose query gradients fit in half of the free memory."""
     column_bytes = sum(4 * layer.weight.numel() for layer in reader.layers.values())
@@ -271,9 +272,10 @@ def gather(shards: Sequence[Path]) -> Features:
                 fix="delete this artifact's folder and run Snakemake again",
             )
     joined = {name: np.concatenate([store[name][:] for _, store in stores]) for name in PER_EXAMPLE}
-    order = np.argsort(joined["example_id"].astype(str), kind="stable")
+    joined["example_id"] = np.array(joined["example_id"].tolist(), dtype=str)
+    order = np.argsort(joined["example_id"], kind="stable")
     joined = {name: array[order] for name, array in joined.items()}
-    joined["example_id"] = ids = joined["example_id"].astype(str)
+    ids = joined["example_id"]
     repeated = ids[1:][ids[1:] == ids[:-1]]
     if len(repeated):
         raise ArtifactError("an example is in two shards", where=f"example {repeated[0]}")

@@ -1,0 +1,231 @@
+"""Query gradients and features against autograd, and what they do not depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from artifacts import (
+    CHAT,
+    exact_reader,
+    job,
+    random_examples,
+    turns,
+    write_pool,
+    write_split,
+    write_task,
+)
+from oracles import inner, weight_gradients
+from torch import Tensor
+
+from iprox.data.batches import collate
+from iprox.data.chat import encode
+from iprox.engine import scoring
+from iprox.engine.loss import Batch
+from iprox.errors import ArtifactError
+from iprox.stages import features, query
+from iprox.stages.passes import Reader
+from iprox.store.arrays import open_store
+
+QUERIES = [("b", "red?", "green"), ("a", "one?", "two three"), ("b", "cat?", "dog sleeps over")]
+EXAMPLES = random_examples(7)
+
+
+@pytest.fixture
+def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
+    opened = exact_reader()
+    for stage in (query, features):
+        monkeypatch.setattr(stage, "open_reader", lambda *_: opened)
+    return opened
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Path:
+    return write_pool(tmp_path / "pool", EXAMPLES)
+
+
+def make_query(tmp_path: Path, val_agg: str = "mean_raw", name: str = "t") -> Path:
+    task = write_task(tmp_path / f"task-{name}-{val_agg}", QUERIES)
+    out = tmp_path / f"query-{name}-{val_agg}"
+    query.make(job("query", out, {"task": task}, influence={"val_agg": val_agg}))
+    return out
+
+
+def make_features(
+    tmp_path: Path, parents: dict[str, Path], shards: Sequence[tuple[int, int]] = ((0, 7),)
+) -> features.Features:
+    """Features in shards of these rows, gathered."""
+    folder = tmp_path / f"features{len(list(tmp_path.iterdir()))}"
+    folder.mkdir()
+    for number, rows in enumerate(shards):
+        out = folder / "out"
+        features.make(job("features", out, parents, rows, subset={"name": "all"}))
+        (out / "shard.zarr").rename(folder / f"shard-{number:05d}.zarr")
+        out.rmdir()
+    return features.read_features(folder)
+
+
+def example(reader: Reader, prompt: str, response: str, **options: Any) -> Batch:
+    tokens = encode(turns(prompt, response), reader.tokenizer, **CHAT, **options)
+    return Batch(*collate([tokens], 0))
+
+
+def query_gradients(reader: Reader) -> list[dict[str, Tensor]]:
+    batches = [example(reader, p, c, eos=False, last_only=True) for _, p, c in QUERIES]
+    return [weight_gradients(reader.model, reader.layers, b) for b in batches]
+
+
+def stored(folder: Path, group: int = 0) -> dict[str, Tensor]:
+    store = open_store(folder / "query.zarr")
+    names = store.attrs["layers"]
+    return {n: torch.from_numpy(store[f"gradients/{n}"][group]).double() for n in names}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor.float().double(), rtol=1e-6, atol=1e-9)
+
+
+def combined(gradients: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
+    return {
+        name: sum(w * g[name] for w, g in zip(weights, gradients, strict=True)) / len(gradients)
+        for name in gradients[0]
+    }
+
+
+def test_mean_raw_is_the_mean_of_the_gradients(tmp_path: Path, reader: Reader) -> None:
+    folder = make_query(tmp_path)
+    expected = combined(query_gradients(reader), [1, 1, 1])
+    assert_same(stored(folder), expected)
+    norms = open_store(folder / "query.zarr")["norms"][:]
+    assert norms == pytest.approx([inner(expected, expected) ** 0.5], rel=1e-10)
+
+
+def test_mean_unit_is_the_mean_of_the_unit_gradients(tmp_path: Path, reader: Reader) -> None:
+    gradients = query_gradients(reader)
+    expected = combined(gradients, [inner(g, g) ** -0.5 for g in gradients])
+    assert_same(stored(make_query(tmp_path, "mean_unit")), expected)
+
+
+def test_subtask_max_has_a_group_per_subtask(tmp_path: Path, reader: Reader) -> None:
+    folder = make_query(tmp_path, "subtask_max")
+    first, second, third = query_gradients(reader)
+    assert list(open_store(folder / "query.zarr")["group"][:]) == ["a", "b"]
+    assert_same(stored(folder, 0), second)
+    assert_same(stored(folder, 1), combined([first, third], [1, 1]))
+
+
+def test_features_equal_autograd(tmp_path: Path, reader: Reader, pool: Path) -> None:
+    made = make_query(tmp_path)
+    found = make_features(tmp_path, {"pool": pool, "query/t": made})
+    assert found.columns == ["t"]
+    vector = stored(made)
+    for i, example_id in enumerate(found.example_id):
+        batch = example(reader, *EXAMPLES[example_id])
+        gradient = weight_gradients(reader.model, reader.layers, batch)
+        norm = inner(gradient, gradient) ** 0.5
+        assert found.norms[i] == pytest.approx(norm, rel=1e-10)
+        assert found.dots[i, 0] == pytest.approx(inner(gradient, vector), rel=1e-10)
+        cosine = inner(gradient, vector) / norm / inner(vector, vector) ** 0.5
+        assert found.scores("cosine")["t"][i] == pytest.approx(cosine, rel=1e-6)
+        assert found.tokens[i] == int(batch.lengths)
+        assert found.supervised[i] == int((batch.labels >= 0).sum())
+
+
+def test_the_maximum_over_subtasks_is_taken(tmp_path: Path, reader: Reader, pool: Path) -> None:
+    parents = {"pool": pool, "query/t": make_query(tmp_path, "subtask_max")}
+    parents["query/u"] = make_query(tmp_path, "subtask_max", name="u")
+    found = make_features(tmp_path, parents)
+    assert found.columns == ["t/a", "t/b", "u/a", "u/b"]
+    cosines = found.dots / found.norms[:, None] / found.query_norms
+    np.testing.assert_allclose(found.scores("cosine")["t"], cosines[:, :2].max(1), rtol=1e-6)
+    np.testing.assert_allclose(found.scores("dot")["u"], found.dots[:, 2:].max(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "cuts", [[(0, 3), (3, 7)], [(0, 1), (1, 1), (1, 7)]], ids=["two", "one empty"]
+)
+def test_shards_joined_are_one_run(
+    tmp_path: Path, reader: Reader, pool: Path, cuts: list[tuple[int, int]]
+) -> None:
+    parents = {"pool": pool, "query/t": make_query(tmp_path)}
+    whole, parts = make_features(tmp_path, parents), make_features(tmp_path, parents, cuts)
+    assert parts.example_id.tolist() == whole.example_id.tolist() == sorted(EXAMPLES)
+    np.testing.assert_allclose(parts.dots, whole.dots, rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(parts.norms, whole.norms, rtol=1e-10)
+
+
+def test_batch_size_changes_nothing(
+    tmp_path: Path, reader: Reader, pool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents = {"pool": pool, "query/t": make_query(tmp_path)}
+    whole = make_features(tmp_path, parents)
+    monkeypatch.setattr(scoring, "CPU_BATCH_TOKENS", 1)
+    single = make_features(tmp_path, parents)
+    np.testing.assert_allclose(single.dots, whole.dots, rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(single.loss, whole.loss, rtol=1e-10)
+
+
+def test_columns_in_several_passes_give_the_same(
+    tmp_path: Path, reader: Reader, pool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents = {"pool": pool, "query/t": make_query(tmp_path, "subtask_max")}
+    whole = make_features(tmp_path, parents)
+    monkeypatch.setattr(features, "free_bytes", lambda _: 1)
+    blocks = make_features(tmp_path, parents)
+    np.testing.assert_allclose(blocks.dots, whole.dots, rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(blocks.norms, whole.norms, rtol=1e-10)
+
+
+def test_an_example_without_a_response_is_marked_and_scores_lowest(
+    tmp_path: Path, reader: Reader
+) -> None:
+    pool = write_pool(tmp_path / "pool", {"a": ("long " * 20, "no"), "b": ("hi", "yes")})
+    out = tmp_path / "out"
+    parents = {"pool": pool, "query/t": make_query(tmp_path)}
+    metrics = features.make(job("features", out, parents, subset={"name": "all"}))
+    assert metrics["unsupervised"] == metrics["truncated"] == 1
+    found = features.gather([out / "shard.zarr"])
+    assert found.supervised[0] == 0
+    assert found.dots[0, 0] == found.norms[0] == 0
+    assert np.isnan(found.loss[0])
+    for score in ("cosine", "dot"):
+        assert found.scores(score)["t"][0] == -np.inf
+        assert np.isfinite(found.scores(score)["t"][1])
+
+
+def test_only_the_slice_is_scored_for_fidelity(tmp_path: Path, reader: Reader, pool: Path) -> None:
+    split = write_split(tmp_path / "split", "fidelity", ["e005", "e001", "e002"])
+    parents = {"pool": pool, "query/t": make_query(tmp_path), "split": split}
+    features.make(job("features", tmp_path / "out", parents, subset={"name": "fidelity"}))
+    part = features.gather([tmp_path / "out" / "shard.zarr"])
+    assert part.example_id.tolist() == ["e001", "e002", "e005"]
+    whole = features.restrict(make_features(tmp_path, parents), ["e002", "e001", "e005"])
+    assert whole.example_id.tolist() == ["e001", "e002", "e005"]
+    np.testing.assert_allclose(part.dots, whole.dots, rtol=1e-10, atol=1e-14)
+
+
+def test_queries_made_otherwise_are_refused(tmp_path: Path, reader: Reader, pool: Path) -> None:
+    parents = {"pool": pool, "query/t": make_query(tmp_path)}
+    parents["query/u"] = make_query(tmp_path, "mean_unit")
+    with pytest.raises(ArtifactError, match="differ in val_agg"):
+        make_features(tmp_path, parents)
+
+
+def test_an_example_in_two_shards_is_an_error(tmp_path: Path, reader: Reader, pool: Path) -> None:
+    parents = {"pool": pool, "query/t": make_query(tmp_path)}
+    with pytest.raises(ArtifactError, match="in two shards"):
+        make_features(tmp_path, parents, [(0, 4), (3, 7)])
+
+
+def test_stages_run_on_a_saved_model(tmp_path: Path, target_folder: Path, pool: Path) -> None:
+    task = write_task(tmp_path / "task", QUERIES)
+    out = tmp_path / "query"
+    query.make(job("query", out, {"task": task, "model": target_folder}))
+    parents = {"pool": pool, "query/t": out, "model": target_folder}
+    found = make_features(tmp_path, parents)
+    assert np.isfinite(found.scores("cosine")["t"]).all()
