@@ -245,8 +245,8 @@ def _jsonl_rows(path: Path, name: str) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             where = f"{name}:{number}"
-            line = _decode(raw, name, first_line=number)
-            if line.strip():
+            line = _decode(raw, name, first_line=number).strip()
+            if line:
                 yield Row(_object(_parse_json(line, name, number), where), name, where)
 
 
