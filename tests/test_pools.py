@@ -90,7 +90,13 @@ def test_shapes_are_detected_and_parsed(
 
 def test_every_kind_of_file_gives_the_same_pool(tmp_path: Path) -> None:
     records = [
-        {"id": f"x{i}", "instruction": f"line\n{i}, ä", "input": "None", "output": "NA", "category": "c"}
+        {
+            "id": f"x{i}",
+            "instruction": f"line\n{i}, ä",
+            "input": "None",
+            "output": "NA",
+            "category": "c",
+        }
         for i in range(3)
     ]
     write_jsonl(tmp_path / "pool.jsonl", records)
