@@ -120,7 +120,7 @@ def test_an_example_chosen_by_two_tasks_is_written_once(job: Job) -> None:
 
 def test_a_random_ranking_says_so(job: Job) -> None:
     path = job.parents["ranking"] / "ranking.parquet"
-    write_table(path, read_table(path), {"scorer": {"kind": "random"}})
+    write_table(path, read_table(path), {"scorer": "random"})
     selection.make(job)
     reasons = set(read_table(job.out / "selection.parquet")["reason"])
     assert reasons == {"top 3 of 20 at random on bbh", "top 3 of 20 at random on mmlu"}

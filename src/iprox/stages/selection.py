@@ -172,8 +172,7 @@ def _same_examples(ranking: pd.DataFrame, pool: Mapping[str, Any], where: Path) 
 
 def _basis(metadata: Mapping[str, Any]) -> str:
     """What the ranking is by, in words."""
-    scorer = metadata.get("scorer") or {}
-    return "at random" if scorer.get("kind") == "random" else "by influence"
+    return "at random" if metadata.get("scorer") == "random" else "by influence"
 
 
 def _write_files(out: Path, table: pd.DataFrame, pool: Mapping[str, Mapping[str, Any]]) -> None:
