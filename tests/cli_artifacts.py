@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ from safetensors.numpy import save_file
 
 from iprox.plan.plan import Node, Plan
 from iprox.store.arrays import create_store, put
-from iprox.store.manifest import MANIFEST, PROVENANCE, SPEC, Manifest, describe, dump_json
+from iprox.store.manifest import (
+    MANIFEST,
+    PROVENANCE,
+    SPEC,
+    Manifest,
+    describe,
+    dump_json,
+    list_files,
+)
 from iprox.store.tables import write_table
 
 EVIL = "[red]x[/red] \x1b[31mred\x1b[0m \x9b31m \u202eabc"
@@ -46,7 +55,11 @@ class Results:
         folder = self.root / node.folder
         folder.mkdir(parents=True)
         write(folder)
-        manifest = describe(stage, folder)
+        about_shards = (
+            "shard-*.manifest.json"  # as the runner leaves them: beside, not in, the manifest
+        )
+        names = [n for n in list_files(folder) if not fnmatch(n, about_shards)]
+        manifest = describe(stage, folder, names)
         provenance = {
             "git_revision": "abc",
             "metrics": {"examples": 3},

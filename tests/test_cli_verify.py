@@ -72,7 +72,7 @@ def test_damage_is_found_and_named(
         assert result.exit_code == 1
         (line,) = (line for line in result.stdout.splitlines() if name in line)
         assert message in line
-        assert "1 problems" in result.stdout
+        assert "1 problem\n" in result.stdout
     assert verify(results.folder(nodes["report"])).exit_code == 0
 
 

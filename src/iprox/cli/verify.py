@@ -61,9 +61,8 @@ def verify(
             typer.echo(f"warning: {inert(warning)}", err=True)
         for problem in findings.problems:
             typer.echo(inert(problem))
-        found = "all as their manifests say"
-        if findings.problems:
-            found = f"{len(findings.problems)} problems"
+        n = len(findings.problems)
+        found = f"{n} problem{'s' * (n > 1)}" if n else "all as their manifests say"
         counted = f"{findings.artifacts} artifacts, {findings.files} files"
         typer.echo(f"{counted}, {human_bytes(findings.size)}, {found}")
     if findings.problems:

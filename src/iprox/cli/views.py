@@ -397,7 +397,8 @@ def _arrays_table(group: Any, rows: int, title: str) -> Table:
 
 def _array_row(name: str, array: Any) -> list[Any]:
     dims = ", ".join(str(d) for d in array.metadata.dimension_names or ())
-    return [name, _shape(array.shape), dims, str(array.dtype)]
+    dtype = str(array.dtype)
+    return [name, _shape(array.shape), dims, "string" if dtype.startswith("String") else dtype]
 
 
 LONG = 12
