@@ -135,15 +135,9 @@ def test_plain_svd_needs_no_probe(tmp_path: Path) -> None:
     assert not [n for n in stored if "k_proj" in n or "embed" in n]
     expected = plain_svd(weights[f"{Q}.weight"])
     torch.testing.assert_close(stored[f"{Q}.left"], expected.left[:, :6].float())
+    params = job.params | {"layers": {"include": ["*.none"]}}
     with pytest.raises(ModelError, match="nothing"):
-        decomposition.make(
-            Job(
-                "decomposition",
-                job.params | {"layers": {"include": ["*.none"]}},
-                job.parents,
-                job.out,
-            )
-        )
+        decomposition.make(Job("decomposition", params, job.parents, job.out))
 
 
 def test_shards_and_one_file_give_the_same_bytes(tmp_path: Path) -> None:
@@ -182,12 +176,9 @@ def test_factors_are_the_leading_directions(inputs: Any, gauge: str) -> None:
             for key in (f"inputs/{layer['site']}", f"output_grads/{name}")
         )
         expected = truncate(decompose(weight, input_root, grad_root), rank, gauge)
-        torch.testing.assert_close(
-            stored[f"{name}.left"], expected.left.float(), rtol=1e-4, atol=1e-4
-        )
-        torch.testing.assert_close(
-            stored[f"{name}.right"], expected.right.float(), rtol=1e-4, atol=1e-4
-        )
+        for side, factor in zip(("left", "right"), expected, strict=True):
+            found = stored[f"{name}.{side}"]
+            torch.testing.assert_close(found, factor.float(), rtol=1e-4, atol=1e-4)
 
         def weighted(
             matrix: torch.Tensor, x: DampedRoot = input_root, d: DampedRoot = grad_root

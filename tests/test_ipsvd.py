@@ -104,6 +104,9 @@ def test_root_squares_to_the_damped_moment(n_rows: int, damping: float, mode: st
     torch.testing.assert_close(half @ root.apply_inverse(eye), eye, rtol=0, atol=1e-10)
     torch.testing.assert_close(root.apply_moment(eye), moment + lam * eye, rtol=0, atol=1e-10)
     torch.testing.assert_close(root.quadratic(eye), moment + lam * eye, rtol=0, atol=1e-10)
+    column = random(8, 1, seed=1)
+    expected = column.T @ (moment + lam * eye) @ column
+    torch.testing.assert_close(root.quadratic(column), expected, rtol=0, atol=1e-10)
     factor = root.cholesky
     torch.testing.assert_close(factor @ factor.T, moment + lam * eye, rtol=0, atol=1e-10)
 
@@ -402,7 +405,7 @@ def samples_for(shape: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
 
 def test_scale_of_the_loss_changes_nothing_under_relative_damping(shape: tuple[int, int]) -> None:
     layer, small = Layer(shape, 40), Layer(shape, 40)
-    small.grads = small.grads * 1e-3
+    layer.grads, small.grads = layer.grads * 1e2, small.grads * 1e-1
     samples = samples_for(shape)
     solutions = [decompose(each.weight, *each.roots()) for each in (layer, small)]
     torch.testing.assert_close(

@@ -91,21 +91,22 @@ class DampedRoot:
         (C + λI)^p = λ^p I + U diag((c + λ)^p - λ^p) Uᵀ,
 
     the identity plus rank k. With fewer rows than dimensions U comes from the (N, N) Gram matrix of
-    the rows and nothing (dim, dim) is formed. Eigenpairs are computed when a root is first applied.
+    the rows and nothing (dim, dim) is formed. Eigenpairs, C itself and its Cholesky factor are
+    computed when they are first needed, and kept.
 
     Build with :meth:`from_rows` or :meth:`from_covariance`.
 
     Attributes:
         dim: Number of inputs or outputs of the layer.
         lam: λ, in the units of C.
-        rows: Observations divided by √N, (N, dim), when N < dim; else None.
-        covariance: C (dim, dim) when ``rows`` is None.
+        rows: Observations divided by √N, (N, dim); None when only C is known.
+        accumulated: C (dim, dim) when there are no rows.
     """
 
     dim: int
     lam: float
-    rows: Tensor | None
-    covariance: Tensor | None
+    rows: Tensor | None = None
+    accumulated: Tensor | None = None
 
     @classmethod
     def from_rows(cls, rows: Tensor, damping: float, mode: DampingMode = "relative") -> DampedRoot:
@@ -132,10 +133,7 @@ class DampedRoot:
                 fix="probe in float32, and check the warm-up's loss for divergence",
             )
         lam = _absolute(damping, mode, float(rows.square().mean()))
-        scaled = rows / math.sqrt(count)
-        if count < dim:
-            return cls(dim, lam, rows=scaled, covariance=None)._checked()
-        return cls(dim, lam, rows=None, covariance=scaled.T @ scaled)._checked()
+        return cls(dim, lam, rows=rows / math.sqrt(count))._checked()
 
     @classmethod
     def from_covariance(
@@ -151,7 +149,7 @@ class DampedRoot:
             raise NumericsError("a second moment is not finite", value=tuple(covariance.shape))
         dim = covariance.shape[0]
         lam = _absolute(damping, mode, float(covariance.trace()) / dim)
-        return cls(dim, lam, rows=None, covariance=(covariance + covariance.T) / 2)._checked()
+        return cls(dim, lam, accumulated=(covariance + covariance.T) / 2)._checked()
 
     def _checked(self) -> DampedRoot:
         if self.lam == 0 and not self.is_zero and self.rank < self.dim:
@@ -165,20 +163,26 @@ class DampedRoot:
     @property
     def is_zero(self) -> bool:
         """Whether every observation is exactly zero."""
-        kept = self.rows if self.rows is not None else self.covariance
-        assert kept is not None
-        return not bool(kept.any())
+        kept = self.rows if self.rows is not None else self.accumulated
+        return kept is None or not bool(kept.any())
 
     @property
     def gram(self) -> Literal["tokens", "features"]:
-        """Which Gram matrix eigenpairs come from: (N, N) over tokens, or (dim, dim)."""
-        return "features" if self.rows is None else "tokens"
+        """Source of eigenpairs, the smaller Gram matrix: of tokens (N, N) or features (dim, dim)."""
+        return "tokens" if self.rows is not None and len(self.rows) < self.dim else "features"
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """C, (dim, dim)."""
+        if self.rows is not None:
+            return self.rows.T @ self.rows
+        assert self.accumulated is not None
+        return self.accumulated
 
     @cached_property
     def eigenpairs(self) -> tuple[Tensor, Tensor]:
         """U (dim, k) and c (k,): eigenpairs of C above rounding, largest first."""
-        if self.rows is None:
-            assert self.covariance is not None
+        if self.rows is None or self.gram == "features":
             values, vectors = symmetric_eigen(self.covariance)
             k = _n_resolved(values, self.dim)
             return vectors[:, :k], values[:k]
@@ -235,9 +239,7 @@ class DampedRoot:
         Raises:
             NumericsError: λ is so small that C + λI is singular to rounding.
         """
-        moment = self.rows.T @ self.rows if self.rows is not None else self.covariance
-        assert moment is not None
-        damped = moment.clone()
+        damped = self.covariance.clone()
         damped.diagonal().add_(self.lam)
         factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(damped)
@@ -253,16 +255,23 @@ class DampedRoot:
     def apply_moment(self, matrix: Tensor) -> Tensor:
         """(C + λI) @ matrix, without eigenpairs."""
         if self.rows is None:
-            assert self.covariance is not None
             return self.covariance @ matrix + self.lam * matrix
         return self.rows.T @ (self.rows @ matrix) + self.lam * matrix
 
     def quadratic(self, matrix: Tensor) -> Tensor:
         """matrixᵀ (C + λI) matrix, (columns, columns), without eigenpairs."""
-        if self.rows is None:
-            return matrix.T @ self.apply_moment(matrix)
+        damping = self.lam * (matrix.T @ matrix)
+        if self.rows is None or self._covariance_is_cheaper(matrix.shape[1]):
+            return matrix.T @ (self.covariance @ matrix) + damping
         projected = self.rows @ matrix  # (N, columns)
-        return projected.T @ projected + self.lam * (matrix.T @ matrix)
+        return projected.T @ projected + damping
+
+    def _covariance_is_cheaper(self, columns: int) -> bool:
+        """Whether C, formed first if it is not yet, takes fewer operations than the rows."""
+        assert self.rows is not None
+        count, each = len(self.rows), columns * (self.dim + columns)
+        forming = 0 if "covariance" in self.__dict__ else count * self.dim**2
+        return self.dim * each + forming < count * each
 
 
 def decompose(
