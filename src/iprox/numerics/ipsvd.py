@@ -168,7 +168,7 @@ class DampedRoot:
 
     @property
     def gram(self) -> Literal["tokens", "features"]:
-        """Source of eigenpairs, the smaller Gram matrix: of tokens (N, N) or features (dim, dim)."""
+        """The smaller Gram matrix, which gives eigenpairs: of tokens (N, N) or features (C)."""
         return "tokens" if self.rows is not None and len(self.rows) < self.dim else "features"
 
     @cached_property
