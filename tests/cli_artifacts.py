@@ -129,7 +129,12 @@ def write_model(folder: Path, log: str = "") -> None:
 
 
 def write_proxy(folder: Path) -> None:
-    write_model(folder, "alignment.parquet")
+    write_model(folder)
+    steps = {"step": [0, 1, 1], "split": ["heldout", "train", "heldout"], "kl": [None, 1.25, 0.5]}
+    table = pd.DataFrame(steps).assign(chosen=[False, None, True]).astype({"chosen": "boolean"})
+    write_table(folder / "alignment.parquet", table)
+    cosines = pd.DataFrame({"step": [0, 1], "layer": LAYER, "cosine_left": [0.25, 0.875]})
+    write_table(folder / "alignment_layers.parquet", cosines)
     (folder / "proxy.json").write_text(json.dumps({"ranks": {LAYER: 2}, "gauge": "balanced"}))
 
 

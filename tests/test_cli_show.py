@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,7 @@ EXPECTED = {
     "probe": ("inputs/s0", "(5, 4)", "tokens, in"),
     "decomposition": (LAYER, "exact/product", "2.5"),
     "factors": ("0.125", "kept dense", LAYER),
-    "proxy": ("up_proj", "balanced", "1.25"),
+    "proxy": ("up_proj", "balanced", "1.25", "chosen step", "at step 1", "0.875"),
     "query": ("(1, 2, 2)", "5", "mean_raw"),
     "features": ("cheaper", "materialise_from", "shard-00001.zarr"),
     "ranking": ("mmlu: first", "mmlu: last", "without a score", "gradient"),
@@ -124,6 +127,23 @@ def test_text_of_a_pool_cannot_act_on_the_terminal(
         text = run("show", results.folder(nodes[stage]), *arguments)
         assert not any(c in text for c in "\x1b\x9b\u202e")
         assert "[red]x[/red]" in text
+
+
+def test_output_in_a_pipe_has_no_colours_and_no_folded_lines(
+    made: tuple[Results, dict[str, Node]],
+) -> None:
+    results, nodes = made
+    folder = results.folder(nodes["decomposition"])
+    done = subprocess.run(
+        [sys.executable, "-c", "from iprox.cli.main import app; app()", "show", folder],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={k: v for k, v in os.environ.items() if k != "COLUMNS"} | {"TERM": "xterm-256color"},
+    )
+    assert "\x1b" not in done.stdout
+    assert any(LAYER in line and "exact/product" in line for line in done.stdout.splitlines())
+    assert all(line == line.rstrip() for line in done.stdout.splitlines())
 
 
 def test_inert_keeps_ordinary_text_of_any_script() -> None:

@@ -20,8 +20,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-PIPE_WIDTH = 160
-"""Columns of a line when the output is not a terminal and COLUMNS is not set."""
+PIPE_WIDTH = 1000
+"""Columns of a line in a pipe or file (unless COLUMNS is set): nothing is folded, so grep works."""
 
 _JOINERS = "\u200c\u200d"
 """Zero-width joiners: part of correct spelling in several scripts, harmless on a terminal."""
@@ -133,8 +133,12 @@ def emit(page: Page, as_json: bool = False) -> None:
         typer.echo(json.dumps(_as_json(page), indent=1))
         return
     console = _console()
-    for part in _renderables(page):
-        console.print(part)
+    if console.is_terminal:
+        console.print(*_renderables(page), sep="\n")
+        return
+    with console.capture() as printed:
+        console.print(*_renderables(page), sep="\n")
+    typer.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
 def _as_json(page: Page) -> dict[str, Any]:

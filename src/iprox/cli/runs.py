@@ -28,7 +28,7 @@ def runs(
     """List runs: what differs between them, and headline metrics."""
     folders = _studies() if study is None else [_study(study)]
     blocks: list[Facts | Table] = [runs_table([folder]) for folder in folders]
-    emit(Page(f"{len(folders)} studies", blocks), as_json)
+    emit(Page(str(RESULTS / STUDIES), blocks), as_json)
 
 
 def runs_table(folders: list[Path]) -> Table:

@@ -218,6 +218,34 @@ def training_log(path: Path, rows: int) -> Blocks:
     yield _frame(table.tail(rows), f"{path.name}: last")
 
 
+def alignment(path: Path, rows: int) -> Blocks:
+    """The held-out candidates of an alignment, the chosen one, and the last training steps."""
+    table = _read(path)
+    facts: dict[str, Any] = {"rows": len(table)}
+    if "chosen" in table:
+        facts["chosen step"] = table.loc[
+            table["chosen"].fillna(False).astype(bool), "step"
+        ].tolist()
+    yield Facts(path.name, facts)
+    yield from _metadata(path)
+    if "split" not in table:
+        yield _frame(table.tail(rows), "last rows")
+        return
+    for name, group in table.groupby("split", sort=True):
+        yield _frame(group.dropna(axis=1, how="all").tail(rows), f"{name}: last")
+
+
+def alignment_layers(path: Path, rows: int) -> Blocks:
+    """Gradient cosines of the layers, before the alignment and at the last candidate."""
+    table = _read(path)
+    yield from _metadata(path)
+    if not len(table) or "step" not in table:
+        yield _head(table, rows, "cosines of the layers")
+        return
+    for step in dict.fromkeys((table["step"].min(), table["step"].max())):
+        yield _head(table[table["step"] == step], rows, f"cosines of the layers at step {step}")
+
+
 def tensor_headers(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
     """Name, shape and dtype of every tensor in a safetensors file, without reading any.
 
@@ -285,6 +313,22 @@ def array(path: Path, rows: int) -> Blocks:
     yield Table("first values", ["value"], [[_cell(value)] for value in head])
 
 
+_SPECTRUM = (
+    "layer",
+    "out",
+    "in",
+    "rank_effective",
+    "values",
+    "largest",
+    "floor",
+    "input_lam",
+    "grad_lam",
+    "kernel",
+    "fallback",
+)
+"""What of a spectrum's attributes is shown for each layer; the array itself has them all."""
+
+
 def spectra(path: Path, rows: int) -> Blocks:
     """Layers of a decomposition: shape, damping, kernel, error floor and largest singular value."""
     from iprox.store.arrays import open_store
@@ -295,7 +339,8 @@ def spectra(path: Path, rows: int) -> Blocks:
     for name, array in _arrays(group):
         top = float(array[0]) if array.shape and array.shape[0] else None
         about = {"layer": name.split("/", 1)[-1], "values": array.shape[0], "largest": top}
-        layers.append(about | dict(array.attrs))
+        about |= dict(array.attrs)
+        layers.append({key: about[key] for key in _SPECTRUM if key in about})
     yield _records(layers, rows, "layers")
 
 
@@ -547,7 +592,11 @@ STAGE_VIEWS: dict[str, tuple[tuple[str, View], ...]] = {
     "probe": (("probe.zarr", store),),
     "decomposition": (("spectra.zarr", spectra), ("directions.safetensors", decomposed)),
     "factors": (("layers.parquet", layers), ("factors.safetensors", decomposed)),
-    "proxy": ((".", model), ("alignment.parquet", training_log)),
+    "proxy": (
+        (".", model),
+        ("alignment.parquet", alignment),
+        ("alignment_layers.parquet", alignment_layers),
+    ),
     "curvature": (("curvature.zarr", store),),
     "query": (("query.zarr", query_gradients),),
     "features": ((".", features),),
