@@ -59,6 +59,8 @@ class Fixture:
         self.n_selected = max(1, int(FRACTION * len(texts)))
         self.parents: dict[str, Path] = {}
         self._shared()
+        self.warmup = self.stage("warmup", "warmup", lambda f: write_log(f, 7), 55.0)
+        del self.parents["warmup"]
         for run in runs:
             self._run(run)
 
@@ -162,7 +164,7 @@ class Fixture:
             params={"subset": {"name": subset}},
             metrics={"examples": n, "tokens": 210 * n, "flops": 1.7e11 * n},
         )
-        self.stage(f"{run}/warmup", "warmup", lambda f: write_log(f, 7), 55.0)
+        self.parents[f"{run}/warmup"] = self.warmup
         if run == "full":
             return
         self.stage(f"{run}/factors", "factors", lambda f: write_layers(f, 0.3 if "0.3" in run else 0.5))

@@ -33,7 +33,7 @@ CSS_VARIABLES = {
     **{colour: f"--series-{i}" for i, colour in enumerate(SERIES)},
 }
 
-WIDTH = 430
+WIDTH = 390
 """Width of a figure in points: one figure fills a phone, two or more stand side by side."""
 
 _RC = {
@@ -118,23 +118,20 @@ def drawing(name: str, title: str, height: float, unit: str = "") -> Iterator[An
         name: File name, also the seed of all ids in the SVG.
         title: Shown above the axes and read out for the figure.
         height: Points.
-        unit: What is drawn upwards, below the title.
+        unit: What is drawn, smaller, below the title.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context({**_RC, "svg.hashsalt": name}):
         figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
-        axes = figure.add_subplot()
-        canvas = Canvas(figure, axes)
+        room = (36 if unit else 22) / height
+        figure.get_layout_engine().set(rect=(0, 0, 1, 1 - room))
+        canvas = Canvas(figure, figure.add_subplot())
         yield canvas
-        heading = title if not unit else f"{title}\n"
-        axes.set_title(heading, fontsize=11.5, fontweight="bold", pad=8, linespacing=1.5)
-        if unit:
-            axes.annotate(
-                unit, (0, 1), (0, 9), xycoords="axes fraction", textcoords="offset points",
-                color=SOFT, fontsize=10.5, annotation_clip=False,
-            )
+        place = {"x": 3 / WIDTH, "va": "top", "in_layout": False}
+        figure.text(y=1 - 2 / height, s=title, fontsize=11.5, fontweight="bold", **place)
+        figure.text(y=1 - 18 / height, s=unit, fontsize=10.5, color=SOFT, **place)
         canvas.chart = Chart(name, title, _svg(figure), _png(figure))
 
 
@@ -159,6 +156,14 @@ def _png(figure: Any) -> bytes:
     return stream.getvalue()
 
 
+def short(name: str, limit: int = 22) -> str:
+    """A run's name as it fits beside a drawing: long ones lose their middle."""
+    if len(name) <= limit:
+        return name
+    tail = limit // 2 - 1
+    return f"{name[: limit - tail - 1]}\N{HORIZONTAL ELLIPSIS}{name[-tail:]}"
+
+
 def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]], size: float = 10) -> None:
     """Name lines at their right ends, moved up or down so that no two names overlap.
 
@@ -178,7 +183,7 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]], size: f
     for (x, y, name, colour), at in zip(ends, placed, strict=True):
         level = low + at / height * (high - low)
         axes.annotate(
-            name, (right, level), (7, 0), textcoords="offset points", va="center", color=colour,
+            short(name), (right, level), (7, 0), textcoords="offset points", va="center", color=colour,
             fontsize=size, annotation_clip=False,
         )
         if x < right or abs(level - y) > 0.02 * (high - low):
@@ -206,7 +211,10 @@ def spread_out(wanted: Sequence[float], gap: float, low: float, high: float) -> 
 
 
 def label_points(
-    axes: Any, points: Sequence[tuple[float, float, str, str]], size: float = 10
+    axes: Any,
+    points: Sequence[tuple[float, float, str, str]],
+    size: float = 10,
+    line: float | None = None,
 ) -> None:
     """Name points of a scatter, each on the side where it hides least.
 
@@ -214,13 +222,18 @@ def label_points(
         axes: Axes whose limits are final.
         points: Position, name and colour: (x, y, name, colour).
         size: Font size in points.
+        line: Height of a horizontal line that names should keep off.
     """
     axes.figure.draw_without_rendering()
     scale = 72 / axes.figure.dpi
     frame = axes.bbox
     at = [axes.transData.transform((x, y)) * scale for x, y, _, _ in points]
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
+    if line is not None:
+        level = axes.transData.transform((0, line))[1] * scale
+        taken.append((frame.x0 * scale, level - 1, frame.x1 * scale, level + 1))
     for (px, py), (x, y, name, colour) in zip(at, points, strict=True):
+        name = short(name, 30)
         width, height = 0.62 * size * len(name), 1.2 * size
         best: tuple[float, float, float, tuple[float, float, float, float]] | None = None
         for rank, (dx, dy) in enumerate(_sides(width, height)):

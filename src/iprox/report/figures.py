@@ -21,6 +21,7 @@ from iprox.report.charts import (
     drawing,
     label_ends,
     label_points,
+    short,
 )
 from iprox.report.formats import known
 
@@ -79,7 +80,7 @@ def _scatter(
     """Runs as points with intervals, the target as the reference at one."""
     palette, group = colours(study), {run.name: run.group for run in study.runs}
     points = [(float(cost[run]), found["value"], run, palette[group[run]]) for run, found in measured.items()]
-    with drawing(name, title, 310, "mean Spearman with the target, 95 % interval") as canvas:
+    with drawing(name, title, 290, "mean Spearman with the target, 95 % interval") as canvas:
         axes = canvas.axes
         for (x, y, _, colour), found in zip(points, measured.values(), strict=True):
             if known(found["low"]) and known(found["high"]):
@@ -92,10 +93,10 @@ def _scatter(
             points.append((x, 1.0, f"{reference.name} (reference)", INK))
         axes.axhline(1, color=SOFT, lw=0.8, dashes=(3, 3))
         low = min([f["low"] for f in measured.values() if known(f["low"])] + [p[1] for p in points])
-        axes.set_ylim(min(low - 0.06, 0.9 * low), 1.08)
+        axes.set_ylim(min(low - 0.06, 0.9 * low), 1.12)
         _cost_axis(axes, [p[0] for p in points])
         axes.set_xlabel(label, loc="left")
-        label_points(axes, points)
+        label_points(axes, points, line=1)
     return canvas.chart
 
 
@@ -137,7 +138,7 @@ def score_distributions(study: Study, task: str) -> Chart | None:
             run = by_name[name]
             _ridge(axes, values, edges, level, palette[run.group])
             axes.annotate(
-                name, (0, level), (-6, 5), xycoords=("axes fraction", "data"),
+                short(name), (0, level), (-6, 5), xycoords=("axes fraction", "data"),
                 textcoords="offset points", ha="right", color=palette[run.group], fontsize=10.5,
             )
             cut = _selected_from(run, task)
@@ -157,11 +158,13 @@ def score_distributions(study: Study, task: str) -> Chart | None:
 
 
 def _scores(run: Run, task: str) -> np.ndarray | None:
-    """Scores of one run for one task."""
+    """Scores of one run for one task, without the examples that have none (-inf)."""
     if "ranking" not in run.artifacts:
         return None
     ranking = run.artifacts["ranking"].table("ranking.parquet")
-    return ranking.loc[ranking["task"] == task, "score"].to_numpy(dtype=float)
+    scores = ranking.loc[ranking["task"] == task, "score"].to_numpy(dtype=float)
+    scorable = scores[np.isfinite(scores)]
+    return scorable if len(scorable) else None
 
 
 def _selected_from(run: Run, task: str) -> float | None:
@@ -170,7 +173,7 @@ def _selected_from(run: Run, task: str) -> float | None:
         return None
     selection = run.artifacts["selection"].table("selection.parquet")
     chosen = selection.loc[selection["task"] == task, "score"]
-    return float(chosen.min()) if len(chosen) else None
+    return float(chosen.min()) if len(chosen) and np.isfinite(chosen.min()) else None
 
 
 def _ridge(axes: Any, values: np.ndarray, edges: np.ndarray, level: int, colour: str) -> None:
@@ -189,7 +192,7 @@ def agreement(study: Study, task: str) -> Chart | None:
     names = list(dict.fromkeys(table["run_a"]))
     if len(names) < 2:
         return None
-    cell = min(58, max(20, (WIDE_ENOUGH - 9 * max(map(len, names))) / len(names)))
+    cell = min(58, max(20, (WIDE_ENOUGH - 6.5 * max(len(short(n)) for n in names)) / len(names)))
     with drawing(f"agreement-{task}", f"Agreement on {task}", 80 + cell * len(names)) as canvas:
         axes = canvas.axes
         for row in table.itertuples(index=False):
@@ -198,7 +201,7 @@ def agreement(study: Study, task: str) -> Chart | None:
     return canvas.chart
 
 
-WIDE_ENOUGH = 380
+WIDE_ENOUGH = 340
 """Points a heat map and its row names have to share."""
 
 
@@ -219,9 +222,11 @@ def _heat_axes(axes: Any, names: list[str], palette: dict[str, str], group: dict
     positions = range(len(names))
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_yticks(positions, names)
-    slanted = max(map(len, names)) * len(names) > 46
-    axes.set_xticks(positions, names, rotation=35 if slanted else 0, ha="right" if slanted else "center")
+    shown = [short(name) for name in names]
+    longest = max(map(len, shown))
+    slanted = 6.2 * longest * len(shown) > WIDE_ENOUGH - 6.5 * longest
+    axes.set_yticks(positions, shown)
+    axes.set_xticks(positions, shown, rotation=35 if slanted else 0, ha="right" if slanted else "center")
     for tick, name in zip([*axes.get_yticklabels(), *axes.get_xticklabels()], names * 2, strict=True):
         tick.set_color(palette[group[name]])
     axes.grid(visible=False)
@@ -242,12 +247,16 @@ def heldout(study: Study) -> list[Chart]:
 
 
 def _dot_plot(study: Study, task: str, metric: str, part: pd.DataFrame) -> Chart:
-    """Groups as rows: a dot with its interval; of several draws their mean, dots and range."""
+    """Groups as rows: a dot with its interval; of several draws their mean and each draw.
+
+    Intervals are those of the change to base on the same items, around the run's own value;
+    without a base they are the run's own.
+    """
     groups = [g for g in ["base", *study.groups] if (part["group"] == g).any()]
     palette = colours(study)
-    better = "lower is better" if metric in tables.LOWER_IS_BETTER else "higher is better"
     title = f"{task}: {metric.replace('_', ' ')}"
-    with drawing(f"heldout-{task}-{metric}", title, 92 + ROW * len(groups)) as canvas:
+    unit = _dot_plot_unit(metric, part)
+    with drawing(f"heldout-{task}-{metric}", title, 80 + ROW * len(groups), unit) as canvas:
         axes = canvas.axes
         for level, group in enumerate(groups):
             members = part[part["group"] == group]
@@ -255,9 +264,8 @@ def _dot_plot(study: Study, task: str, metric: str, part: pd.DataFrame) -> Chart
                 _single(axes, members.iloc[0], level, palette[group])
             else:
                 _draws(axes, members["value"], level, palette[group])
-        if groups[0] == "base":
-            axes.axvline(float(part.loc[part["group"] == "base", "value"].iloc[0]), color=SOFT, lw=0.8, dashes=(3, 3))
-        names = [f"{g} ({n} draws)" if (n := int((part["group"] == g).sum())) > 1 else g for g in groups]
+        draws = part["group"].value_counts()
+        names = [f"{short(g)} ({draws[g]} draws)" if draws[g] > 1 else short(g) for g in groups]
         axes.set_yticks(range(len(groups)), names)
         for tick, group in zip(axes.get_yticklabels(), groups, strict=True):
             tick.set_color(palette[group])
@@ -265,20 +273,35 @@ def _dot_plot(study: Study, task: str, metric: str, part: pd.DataFrame) -> Chart
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.06)
-        n = part["n"].max()
-        count = f", {n:,.0f} items" if known(n) else ""
-        axes.set_xlabel(f"{better}{count}; line: 95 % interval", loc="left")
+        if groups[0] == "base":
+            base = float(part.loc[part["group"] == "base", "value"].iloc[0])
+            axes.axvline(base, color=SOFT, lw=0.8, dashes=(3, 3))
     return canvas.chart
 
 
+def _dot_plot_unit(metric: str, part: pd.DataFrame) -> str:
+    """What is better, on how many items, and what the lines are."""
+    better = "lower" if metric in tables.LOWER_IS_BETTER else "higher"
+    n = part["n"].max()
+    count = f", {n:,.0f} items" if known(n) else ""
+    of_what = "change to base" if part["delta"].notna().any() else "value"
+    return f"{better} is better{count}; line: 95 % interval of the {of_what}"
+
+
 def _single(axes: Any, row: pd.Series, level: int, colour: str) -> None:
-    if known(row["low"]) and known(row["high"]):
-        axes.plot([row["low"], row["high"]], [level, level], color=colour, lw=1.8)
+    """One model: its value, and its interval (the paired one where there is a base)."""
+    low, high = row["low"], row["high"]
+    if known(row["delta"]):
+        base = row["value"] - row["delta"]
+        low, high = base + row["delta_low"], base + row["delta_high"]
+    if known(low) and known(high) and row["group"] != "base":
+        axes.plot([low, high], [level, level], color=colour, lw=1.8)
     axes.plot([row["value"]], [level], "o", color=colour, ms=7, mec=PAPER, mew=1)
 
 
 def _draws(axes: Any, values: pd.Series, level: int, colour: str) -> None:
-    axes.plot(values, [level] * len(values), "|", color=colour, ms=9, mew=1.4, alpha=0.8)
+    """Several draws: a stroke for each, a diamond at their mean."""
+    axes.plot(values, [level] * len(values), "|", color=colour, ms=11, mew=1.6)
     axes.plot([values.mean()], [level], "D", color=colour, ms=6, mec=PAPER, mew=1)
 
 
@@ -306,7 +329,7 @@ def _curves(study: Study, name: str, title: str, logs: list[tuple[Run, pd.DataFr
     if not logs:
         return None
     palette = colours(study)
-    with drawing(name, title, 270, "training loss (token mean)") as canvas:
+    with drawing(name, title, 250, "training loss (token mean)") as canvas:
         ends: dict[str, tuple[float, float, str, str]] = {}
         for run, log in logs:
             colour, thin = palette[run.group], run.is_random
@@ -373,7 +396,7 @@ def _alignment_curves(
 ) -> Chart:
     palette = colours(study)
     title = {"fidelity": "Fidelity", "objective": "Objective", "loss_ga": "Gradient distance", "kl": "Anchor"}
-    with drawing(f"alignment-{column}", f"{title[column]} during alignment", 270, unit) as canvas:
+    with drawing(f"alignment-{column}", f"{title[column]} during alignment", 250, unit) as canvas:
         axes, ends = canvas.axes, []
         for run, log in logs:
             colour = palette[run.group]
@@ -401,14 +424,16 @@ def _layer_chart(run: str, part: pd.DataFrame) -> Chart:
     part["kind"] = [name.rsplit(".", 1)[-1] for name in part["layer"]]
     numbers = [re.search(r"\.(\d+)\.", name) for name in part["layer"]]
     part["depth"] = [int(hit.group(1)) if hit else i for i, hit in enumerate(numbers)]
-    with drawing(f"layers-{run}", f"Layers of {run}", 290, "truncation error; hollow: kept dense") as canvas:
+    with drawing(f"layers-{run}", f"Layers of {short(run)}", 270, "truncation error; hollow: kept dense") as canvas:
         axes, ends = canvas.axes, []
         for i, (kind, rows) in enumerate(part.groupby("kind", sort=False)):
             rows, colour = rows.sort_values("depth"), SERIES[i % len(SERIES)]
             axes.plot(rows["depth"], rows["truncation_error"], color=colour, lw=1.4, marker=".", ms=5)
             dense = rows[rows["kept_dense"].astype(bool)]
             axes.plot(dense["depth"], dense["truncation_error"], "o", mfc=PAPER, mec=colour, ms=5)
-            ends.append((float(rows["depth"].iloc[-1]), float(rows["truncation_error"].iloc[-1]), _short(str(kind)), colour))
+            last = rows.iloc[-1]
+            name = _layer_label(str(kind), rows)
+            ends.append((float(last["depth"]), float(last["truncation_error"]), name, colour))
         left, right = float(part["depth"].min()), float(part["depth"].max())
         axes.set_xlim(left, right if right > left else left + 1)
         axes.set_ylim(bottom=0)
@@ -418,8 +443,10 @@ def _layer_chart(run: str, part: pd.DataFrame) -> Chart:
     return canvas.chart
 
 
-def _short(kind: str) -> str:
-    """``q`` for ``q_proj``: what tells the layers of a block apart."""
-    return kind.removesuffix("_proj")
-
-
+def _layer_label(kind: str, rows: pd.DataFrame) -> str:
+    """``q, rank 64`` for ``q_proj``; ``k, dense`` where nothing was factorised."""
+    name = kind.removesuffix("_proj")
+    if rows["kept_dense"].all():
+        return f"{name}, dense"
+    ranks = sorted(set(rows.loc[~rows["kept_dense"].astype(bool), "rank"]))
+    return f"{name}, rank {ranks[0]}" if len(ranks) == 1 else f"{name}, rank {ranks[0]} to {ranks[-1]}"

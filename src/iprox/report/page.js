@@ -65,7 +65,7 @@ const watcher = new IntersectionObserver(
       links.get(entry.target.id).classList.toggle("current", entry.isIntersecting);
     }
   },
-  { rootMargin: "-20% 0px -75% 0px" },
+  { rootMargin: "-25% 0px -75% 0px" },
 );
 for (const id of links.keys()) {
   watcher.observe(byId(id));

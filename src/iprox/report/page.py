@@ -55,6 +55,7 @@ class Cell:
         colour: CSS variable of the run this cell names.
         bar: Share of 0..1 drawn as a bar behind the text.
         code: Whether the text is an id or setting.
+        sure: Whether the detail is a difference beyond its interval.
     """
 
     text: str
@@ -63,6 +64,7 @@ class Cell:
     colour: str = ""
     bar: float | None = None
     code: bool = False
+    sure: bool = True
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,9 @@ def visible(text: str) -> str:
 
 def headline_grid(study: Study, frame: pd.DataFrame) -> Grid:
     """The short answer as a table."""
-    columns = [("", False), ("fidelity", True), ("per 1,000 scored", True), ("speed-up", True)]
-    columns += [(f"loss, {task}", True) for task in study.tasks]
-    columns += [(f"change, {task}", True) for task in study.tasks]
+    columns = [("", False), ("fidelity", True)]
+    columns += [(f"held-out loss, {task}", True) for task in study.tasks]
+    columns += [("speed-up", True), ("per 1,000 scored", True)]
     rows = []
     for row in frame.to_dict("records"):
         members = study.groups.get(row["run"], [])
@@ -147,36 +149,27 @@ def headline_grid(study: Study, frame: pd.DataFrame) -> Grid:
                 _measured(
                     row["fidelity"], row["fidelity_low"], row["fidelity_high"], 2, _why(first, "fidelity")
                 ),
-                _plain(tables.seconds_per_1000(study, first) if first else None, duration, _why(first, "features")),
-                _plain(row["speedup"], lambda v: f"{v:.2f}\N{MULTIPLICATION SIGN}", _why_no_speedup(study, first)),
                 *(_loss_cell(row, task, first) for task in study.tasks),
-                *(_delta_cell(row, task, first) for task in study.tasks),
+                _plain(row["speedup"], lambda v: f"{v:.2f}\N{MULTIPLICATION SIGN}", _why_no_speedup(study, first)),
+                _plain(tables.seconds_per_1000(study, first) if first else None, duration, _why(first, "features")),
             ]
         )
     return Grid(columns, rows)
 
 
 def _loss_cell(row: dict[str, Any], task: str, first: Run | None) -> Cell:
+    """Loss, and below it the change to base with its paired interval."""
     name = f"loss_{task}"
-    why = _why(first, f"evaluation-{task}")
-    return _measured(row[name], row[f"{name}_low"], row[f"{name}_high"], 3, why)
-
-
-def _delta_cell(row: dict[str, Any], task: str, first: Run | None) -> Cell:
-    """Change against base; greyed when its interval holds zero."""
-    name = f"loss_{task}_delta"
-    if first is None:
-        return Cell(MISSING, "this is the model that changes are measured from")
     if not known(row[name]):
-        why = _why(first, f"evaluation-{task}") if not known(row[f"loss_{task}"]) else "the base was not evaluated"
-        return Cell(MISSING, why)
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
+        return Cell(MISSING, _why(first, f"evaluation-{task}"))
+    text, ends = number(row[name]), interval(row[f"{name}_low"], row[f"{name}_high"])
+    if first is None or not known(row[f"{name}_delta"]):
+        return Cell(text, f"{row[name]:.6g} {ends}", ends)
+    low, high = row[f"{name}_delta_low"], row[f"{name}_delta_high"]
     sure = low > 0 or high < 0
-    return Cell(
-        signed(row[name]),
-        f"paired over test items; {'the interval leaves out zero' if sure else 'within its interval: not a difference that can be shown'}",
-        interval(low, high),
-    )
+    verdict = "" if sure else ": its interval holds zero, so not a difference that can be shown"
+    note = f"{row[name]:.6g} {ends}; change to base, item by item{verdict}"
+    return Cell(text, note, f"{signed(row[f'{name}_delta'])} {interval(low, high)}", sure=sure)
 
 
 def _why(run: Run | None, name: str) -> str:

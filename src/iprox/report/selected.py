@@ -132,10 +132,13 @@ def _task_examples(ranked: list[Run], task: str, count: int) -> pd.DataFrame:
 
 
 def _ranks(run: Run, task: str) -> pd.Series:
-    """Rank of every example in one run, best first (index: example_id)."""
+    """Rank of every scored example in one run, best first (index: example_id).
+
+    Examples without a gradient have the score -inf and are no run's worst.
+    """
     ranking = run.artifacts["ranking"].table("ranking.parquet")
-    own = ranking[ranking["task"] == task].set_index("example_id")["rank"]
-    return own.sort_values(kind="stable")
+    own = ranking[(ranking["task"] == task) & np.isfinite(ranking["score"])]
+    return own.set_index("example_id")["rank"].sort_values(kind="stable")
 
 
 def texts(study: Study, ids: set[str]) -> dict[str, list[dict[str, str]]]:
