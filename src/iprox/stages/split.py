@@ -1,10 +1,12 @@
-"""Stage split: which pool examples warm up, probe, align, and compare."""
+"""Stage split: the ids of one named subset of the pool."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
 
 import pandas as pd
 
@@ -12,37 +14,31 @@ from iprox.data.pools import draw_key
 from iprox.errors import ConfigError
 from iprox.store.job import Job, Metrics
 from iprox.store.tables import read_table, write_table
-from iprox.study.schema import SplitSection
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("warmup", "probe", "align", "fidelity")
+DRAWS = {"warmup": "warmup", "probe": "proxy", "align": "proxy", "fidelity": "fidelity"}
+"""Split -> the random order it is taken from. Splits of one order take its two ends."""
 
 
 def make(job: Job) -> Metrics:
     """Write ``split.parquet``: ``example_id, split, position``.
 
     Raises:
-        ConfigError: A split is larger than the pool, or probe and align do not fit beside
-            each other.
+        ConfigError: The split is larger than the pool, or does not fit beside the one it must
+            be disjoint from.
     """
-    section = job.section(SplitSection, "split")
+    params = job.params["split"]
     pool = read_table(job.parents["pool"] / "pool.parquet", columns=["example_id"])
-    splits = draw_splits(pool["example_id"].tolist(), section)
-    rows = [
-        {"example_id": example_id, "split": name, "position": position}
-        for name, ids in splits.items()
-        for position, example_id in enumerate(ids)
-    ]
-    table = pd.DataFrame(rows).astype({"position": "int64"})
-    counts = {f"n_{name}": len(ids) for name, ids in splits.items()}
-    write_table(job.out / "split.parquet", table, section.model_dump())
-    log.info("of %d examples: %s", len(pool), counts)
-    return {"n_examples": len(pool), **counts}
+    ids = draw_split(pool["example_id"].tolist(), params)
+    table = pd.DataFrame({"example_id": ids, "split": params["name"], "position": range(len(ids))})
+    write_table(job.out / "split.parquet", table.astype({"position": "int64"}), params)
+    log.info("%s: %d of %d examples", params["name"], len(ids), len(pool))
+    return {"pool_examples": len(pool), "examples": len(ids)}
 
 
-def draw_splits(ids: Sequence[str], section: SplitSection) -> dict[str, list[str]]:
-    """The ids of each split, in its order.
+def draw_split(ids: Sequence[str], params: dict[str, Any]) -> list[str]:
+    """The ids of one split, in its order.
 
     Warm-up and fidelity are independent draws. Probe and align are the two ends of one draw,
     so they are disjoint, and a change of one's size leaves the other as it was. A larger split
@@ -50,27 +46,27 @@ def draw_splits(ids: Sequence[str], section: SplitSection) -> dict[str, list[str
 
     Args:
         ids: Ids of the pool.
-        section: Sizes and seed.
+        params: ``name``, ``size`` and ``seed``; for align also ``disjoint_from`` with the
+            ``name`` and ``size`` of the split at the other end.
 
     Raises:
         ConfigError: A size does not fit the pool.
     """
-    sizes = {name: split_size(name, getattr(section, name), len(ids)) for name in SPLITS}
-    if sizes["probe"] + sizes["align"] > len(ids):
-        raise ConfigError(
-            "probe and align are disjoint and do not both fit into the pool",
-            where="split.probe, split.align",
-            value=f"{sizes['probe']} + {sizes['align']} = {sizes['probe'] + sizes['align']}",
-            allowed=f"together at most {len(ids)}, the size of the pool",
-            fix="lower one of them, or raise pool.limit",
-        )
-    proxy = _shuffled(ids, section.seed, "proxy")
-    return {
-        "warmup": _shuffled(ids, section.seed, "warmup")[: sizes["warmup"]],
-        "probe": proxy[: sizes["probe"]],
-        "align": proxy[::-1][: sizes["align"]],
-        "fidelity": _shuffled(ids, section.seed, "fidelity")[: sizes["fidelity"]],
-    }
+    name = params["name"]
+    size = split_size(name, params["size"], len(ids))
+    other = params.get("disjoint_from")
+    if other is not None:
+        taken = split_size(other["name"], other["size"], len(ids))
+        if size + taken > len(ids):
+            raise ConfigError(
+                f"{other['name']} and {name} are disjoint and do not both fit into the pool",
+                where=f"split.{other['name']}, split.{name}",
+                value=f"{taken} + {size} = {taken + size}",
+                allowed=f"together at most {len(ids)}, the size of the pool",
+                fix="lower one of them, or raise pool.limit",
+            )
+    order = sorted(ids, key=lambda i: draw_key(params["seed"], DRAWS[name], i))
+    return order[::-1][:size] if other is not None else order[:size]
 
 
 def split_size(name: str, size: int | float, n_pool: int) -> int:
@@ -93,7 +89,7 @@ def split_size(name: str, size: int | float, n_pool: int) -> int:
                 value=size,
                 allowed="a float up to 1.0 (a share), or an integer (a count)",
             )
-        return max(1, math.floor(size * n_pool))
+        return max(1, math.floor(Fraction(str(size)) * n_pool))  # 0.29 of 100 is 29
     if size > n_pool:
         raise ConfigError(
             "a split asks for more examples than the pool has",
@@ -103,7 +99,3 @@ def split_size(name: str, size: int | float, n_pool: int) -> int:
             fix="lower it, or raise pool.limit",
         )
     return size
-
-
-def _shuffled(ids: Sequence[str], seed: int, draw: str) -> list[str]:
-    return sorted(ids, key=lambda i: draw_key(seed, draw, i))
