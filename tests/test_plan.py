@@ -166,7 +166,7 @@ def test_identities_are_stable() -> None:
 
 def test_planning_imports_neither_torch_nor_snakemake() -> None:
     probe = (
-        "import sys, iprox.plan.plan, iprox.cli.plan; "
+        "import sys, iprox.plan.plan, iprox.cli.planning; "
         "print([m for m in ('torch', 'snakemake', 'pandas', 'transformers') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)

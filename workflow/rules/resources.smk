@@ -8,6 +8,7 @@ MEM_MB = {
     "pool": 2000,
     "task": 1000,
     "target": 4000,
+    "split": 1000,
     "warmup": 4000,
     "probe": 3500,
     "decomposition": 4000,

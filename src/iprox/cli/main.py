@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 import iprox
 from iprox.cli.diff import diff
+from iprox.cli.plan import plan
 from iprox.cli.runs import runs
 from iprox.cli.schema import schema
 from iprox.cli.show import show
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 app.command()(show)
 app.command()(verify)
+app.command()(plan)
 app.command()(diff)
 app.command()(runs)
 app.command()(schema)

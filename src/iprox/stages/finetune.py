@@ -43,8 +43,8 @@ def make(job: Job) -> Metrics:
         job.out,
         examples,
         job.section(FinetuneSection, "finetune"),
-        dtype=job.params["target"]["dtype"],
-        attention=job.params["target"]["attention"],
+        dtype=job.params["compute"]["dtype"],
+        attention=job.params["compute"]["attention"],
         label=f"fine-tuning on {subset}",
     )
     return {**metrics, **usage(encoded, examples)}

@@ -34,8 +34,8 @@ def make(job: Job) -> Metrics:
         job.out,
         examples,
         job.section(WarmupSection, "warmup"),
-        dtype=job.params["target"]["dtype"],
-        attention=job.params["target"]["attention"],
+        dtype=job.params["compute"]["dtype"],
+        attention=job.params["compute"]["attention"],
         label="warm-up",
     )
     return {**metrics, **usage(encoded, examples)}

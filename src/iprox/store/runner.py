@@ -86,8 +86,8 @@ def run_rule(rule: Any, make: Make) -> None:
 
     Args:
         rule: The object that the workflow injects into its scripts: ``input`` (parents'
-            manifests by role), ``output.manifest``, ``params`` (``spec``, ``code``,
-            ``data_dir``), ``log``, ``threads``, ``wildcards``.
+            manifests by role), ``output.manifest``, ``params`` (``spec``, ``code``, ``parents``,
+            ``shards``), ``config``, ``log``, ``threads``, ``wildcards``.
         make: The stage function.
     """
     spec = rule.params.spec
@@ -107,7 +107,7 @@ def run_rule(rule: Any, make: Make) -> None:
                 parents={role: Path(path).parent for role, path in rule.params.parents.items()},
                 folder=folder,
                 store=folder.parent.parent / ".objects",
-                data_dir=Path(rule.params.data_dir),
+                data_dir=Path(rule.config.get("data_dir") or "."),
                 shard=None if shard is None else (int(shard), int(rule.params.shards)),
             ),
         )

@@ -1,0 +1,105 @@
+"""The listing behind ``iprox plan``."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from iprox.plan.plan import Node, Plan, plan_study
+from iprox.store.inputs import raw_input_files
+from iprox.study.load import load_study
+
+
+@dataclass(frozen=True)
+class Line:
+    """One stage in the listing."""
+
+    node: Node
+    finished: bool
+    runs: tuple[str, ...]
+
+
+def load_plan(configs: list[Path], data_dir: str | None = None) -> Plan:
+    """Plan of a study file and its overlays, with every named file checked.
+
+    Raises:
+        ConfigError: The study breaks the schema.
+        DataError: A file that the study names is not there.
+    """
+    plan = plan_study(load_study(configs, {} if data_dir is None else {"data_dir": data_dir}))
+    folder = Path(plan.study.config.data_dir or ".")
+    for node in plan.nodes.values():
+        raw_input_files(node.params, folder)
+    return plan
+
+
+def lines(plan: Plan, root: Path = Path()) -> list[Line]:
+    """Every stage, parents first, with the runs that need it.
+
+    Args:
+        plan: A study's plan.
+        root: The folder that holds ``results``.
+    """
+    users = _users(plan)
+    return [
+        Line(node, (root / node.manifest).is_file(), tuple(users.get((node.stage, node.id), ())))
+        for node in plan.in_order()
+    ]
+
+
+def _users(plan: Plan) -> dict[tuple[str, str], list[str]]:
+    users: dict[tuple[str, str], list[str]] = {}
+    for name, run in plan.runs.items():
+        seen: set[tuple[str, str]] = set()
+        for node in run.nodes.values():
+            seen |= {(n.stage, n.id) for n in _ancestry(node)}
+        for key in seen:
+            users.setdefault(key, []).append(name)
+    return users
+
+
+def _ancestry(node: Node) -> Iterator[Node]:
+    yield node
+    for parent in node.parents.values():
+        yield from _ancestry(parent)
+
+
+def summary(found: list[Line]) -> str:
+    """How many stages there are, exist and are shared, in a sentence."""
+    jobs = sum(line.node.shards for line in found)
+    alone = sum(max(1, len(line.runs)) * line.node.shards for line in found)
+    missing = sum(not line.finished for line in found)
+    return (
+        f"{len(found)} stages in {jobs} jobs, {len(found) - missing} finished, {missing} to run; "
+        f"each run on its own would need {alone} jobs in all"
+    )
+
+
+def print_plan(configs: list[Path], data_dir: str | None, as_json: bool) -> None:
+    """Print the listing as a table or as JSON."""
+    plan = load_plan(configs, data_dir)
+    found = lines(plan)
+    if as_json:
+        rows = [{**x.node.spec, "finished": x.finished, "runs": list(x.runs)} for x in found]
+        print(json.dumps(rows, indent=1, sort_keys=True))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("stage", "id", "state", "runs", box=None, pad_edge=False, header_style="bold")
+    for line in found:
+        everyone = len(line.runs) == len(plan.runs)
+        runs = "all" if everyone else ", ".join(line.runs) or "-"
+        table.add_row(
+            line.node.stage, line.node.id, "finished" if line.finished else "to run", runs
+        )
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    stages = Counter(x.node.stage for x in found if not x.finished)
+    console.print(summary(found))
+    if stages:
+        console.print("to run: " + ", ".join(f"{n} {stage}" for stage, n in stages.items()))
+    console.print("`snakemake -n` also sees changed code and inputs, and says why it would rerun")
