@@ -163,7 +163,7 @@ def align_proxy(
     collate: Callable[[Sequence[ExampleT]], Batch],
     align: AlignSection,
     *,
-    scored: Sequence[str],
+    layers: LayersSection,
     balanced: bool = True,
     reduction: str = "token_mean",
 ) -> Alignment:
@@ -183,7 +183,7 @@ def align_proxy(
         heldout: Examples to choose by, likewise.
         collate: Makes a batch on the models' device.
         align: Settings.
-        scored: Layers whose gradients make up scores, those kept dense included.
+        layers: Which layers' gradients make up scores, those kept dense among them.
         balanced: Whether the proxy comes in the balanced gauge.
         reduction: Loss of an example, where examples are compared.
 
@@ -192,7 +192,7 @@ def align_proxy(
     """
     factorised = Factorised(proxy, align)
     rebalance = balanced and align.rebalance
-    judge = _Judge(target, factorised, heldout, collate, scored, rebalance, reduction)
+    judge = _Judge(target, factorised, heldout, collate, layers, rebalance, reduction)
     schedule = _Schedule(len(train), align)
     start = judge.start()
     run = Alignment(start, start, schedule.total)
@@ -321,14 +321,14 @@ class _Judge(Generic[ExampleT]):
         proxy: Factorised,
         examples: Sequence[ExampleT],
         collate: Callable[[Sequence[ExampleT]], Batch],
-        scored: Sequence[str],
+        layers: LayersSection,
         rebalance: bool,
         reduction: str,
     ) -> None:
         self.target, self.proxy, self.rebalance = target, proxy, rebalance
         self.examples, self.collate, self.reduction = examples, collate, reduction
-        self.target_layers = {name: find_linear(target, name) for name in scored}
-        self.proxy_layers = scored_linears(proxy.model, LayersSection(include=list(scored)))
+        self.target_layers = scored_linears(target, layers)
+        self.proxy_layers = scored_linears(proxy.model, layers)
         self.dense = {name: find_linear(target, name) for name in proxy.layers}
         self.target_gram = torch.empty(0)
 

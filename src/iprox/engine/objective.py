@@ -9,6 +9,7 @@ needs first-order memory only and works with every attention kernel.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -39,8 +40,12 @@ from iprox.numerics.alignment import (
 )
 from iprox.study.schema import AlignSection
 
-RELATIVE_STEP = 1e-3
-"""Length of the step of ``central_diff``, as a share of the norm of all factors."""
+RELATIVE_STEP = 1e-4
+"""Length of the step of ``central_diff``, as a share of the norm of all factors.
+
+In float32 a proxy of 135 M parameters errs by 2 % at this step, by 46 % at 1e-3 (curvature) and
+by 5 % at 3e-6 (rounding).
+"""
 
 TWICE = ("sdpa", "eager")
 """Attention implementations that have, or can be asked for, a kernel with second derivatives."""
@@ -251,15 +256,17 @@ def _jvp(proxy: Factorised, batch: Batch, direction: Sequence[Tensor]) -> list[T
         found: Tensor = torch.func.functional_call(module, parameters, ())
         return found
 
-    with differentiable_attention():
-        _, product = torch.func.jvp(torch.func.grad(loss), (here,), (along,))
+    with differentiable_attention(), warnings.catch_warnings():
+        # torch's own forward derivatives are still compiled by its deprecated torch.jit
+        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+        product = torch.func.jvp(torch.func.grad(loss), (here,), (along,))[1]
     return [product[name] for name in names]
 
 
 def _central_difference(
     proxy: Factorised, batch: Batch, direction: Sequence[Tensor]
 ) -> list[Tensor]:
-    """(∇L(θ + εc) - ∇L(θ - εc)) / 2ε with ε = 1e-3 ‖θ‖ / ‖c‖: error of the order of ε²."""
+    """(∇L(θ + εc) - ∇L(θ - εc)) / 2ε with ε = 1e-4 ‖θ‖ / ‖c‖: error of the order of ε²."""
     parameters = proxy.parameters
     here = [p.detach().clone() for p in parameters]
     length = _norm(direction)

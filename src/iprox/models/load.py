@@ -20,7 +20,7 @@ from iprox.models.lowrank import find_linear, replace_linears
 log = logging.getLogger(__name__)
 
 PROXY_FILE = "proxy.json"
-"""Marks a folder as a proxy: the rank of every factorised layer, and the target's digest."""
+"""Marks a folder as a proxy: the rank of every factorised layer, and how it was made."""
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -84,12 +84,12 @@ def _load_dense(folder: Path, dtype: torch.dtype, attention: str) -> Any:
             use_safetensors=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError("a model folder cannot be loaded", where=folder, value=str(error)) from None
+        raise ModelError(
+            "a model folder cannot be loaded", where=folder, value=str(error)
+        ) from None
 
 
-def load_proxy(
-    path: str | Path, dtype: torch.dtype | None = None, attention: str = "sdpa"
-) -> Any:
+def load_proxy(path: str | Path, dtype: torch.dtype | None = None, attention: str = "sdpa") -> Any:
     """Load a proxy as an ordinary ``PreTrainedModel`` with thin linear layers.
 
     Generation, ``Trainer``, adapters and other attribution tools run on it as on any model.
@@ -102,8 +102,9 @@ def load_proxy(
     Raises:
         ModelError: The folder is not a proxy, or its weights do not match its ranks.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
+    from transformers.utils import GENERATION_CONFIG_NAME
 
     folder = Path(path)
     if not is_proxy(folder):
@@ -123,6 +124,8 @@ def load_proxy(
         )
     replace_linears(model, about["ranks"])
     assign_weights(model, weights, folder)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval()
 
 
@@ -169,6 +172,7 @@ def save_proxy(
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     config = copy.deepcopy(target.config)
     config.save_pretrained(folder)
+    target.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     ranks = {name: left.shape[1] for name, (left, _) in factors.items()}
     text = json.dumps({**about, "ranks": ranks}, indent=1, sort_keys=True) + "\n"
@@ -190,10 +194,22 @@ def proxy_weights(
     return {n: t.cpu().contiguous() for n, t in state.items()}
 
 
-def as_proxy(target: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
-    """A proxy in memory that shares no storage with ``target``."""
-    proxy = copy.deepcopy(target)
+def as_proxy(
+    target: Any, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype | None = None
+) -> Any:
+    """A proxy in memory that shares no storage with ``target``.
+
+    Args:
+        target: The dense model.
+        factors: Layer -> (left (out, rank), right (rank, in)).
+        dtype: Precision of the proxy; the target's when absent.
+    """
+    # weights that factors replace are not copied: one stored number stands in for each
+    dense = [find_linear(target, name).weight for name in factors]
+    stand_ins = {id(w): nn.Parameter(w.detach().new_empty(1).expand(w.shape)) for w in dense}
+    proxy = copy.deepcopy(target, stand_ins)
     replace_linears(proxy, {n: left.shape[1] for n, (left, _) in factors.items()})
+    proxy.to(dtype)
     with torch.no_grad():
         for name, (left, right) in factors.items():
             find_linear(proxy, f"{name}.left").weight.copy_(left)
