@@ -241,7 +241,7 @@ def stage_job(tmp_path: Path, target: Path, stage: str, section: dict[str, Any])
     params = {
         stage: section,
         "chat": {"max_length": 64},
-        "target": {"dtype": "float32", "attention": "eager"},
+        "compute": {"dtype": "float32", "attention": "eager"},
         "subset": {"task": "t"},
     }
     parents = {**folders, "target": target, "model": target}
@@ -282,7 +282,7 @@ def test_no_epochs_leave_the_target_as_it_is(tmp_path: Path, target_folder: Path
 
 def test_the_saved_precision_is_the_targets(tmp_path: Path, target_folder: Path) -> None:
     job = stage_job(tmp_path, target_folder, "warmup", {"epochs": 0.0})
-    job.params["target"]["dtype"] = "bfloat16"
+    job.params["compute"]["dtype"] = "bfloat16"
     warmup.make(job)
     stored = load_weights(job.out)
     assert {w.dtype for w in stored.values()} == {torch.bfloat16}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from iprox.data.chat import Encoded, encode
-from iprox.errors import ArtifactError
 from iprox.models.load import load_tokenizer
+from iprox.stages.texts import pool_texts, split_ids
 from iprox.store.job import Job, Metrics
-from iprox.store.tables import read_arrow, read_table
 from iprox.study.schema import ChatSection, WarmupSection
 from iprox.training.sft import train_folder, trainable, usage
 
@@ -23,11 +21,13 @@ def make(job: Job) -> Metrics:
         their response is cut away, and truncated.
 
     Raises:
-        ArtifactError: The split names examples that the pool does not have.
+        ArtifactError: The split is empty, or names examples that the pool does not have.
         DataError: No example of the split has anything to learn.
         NumericsError: Training diverged.
     """
-    encoded = _encoded(job)
+    chat, tokenizer = job.section(ChatSection, "chat"), load_tokenizer(job.parents["target"])
+    ids = split_ids(job.parents["split"], SPLIT)
+    encoded = pool_texts(job.parents["pool"], ids, tokenizer, chat).encoded
     examples = trainable(encoded)
     metrics = train_folder(
         job.parents["target"],
@@ -39,23 +39,3 @@ def make(job: Job) -> Metrics:
         label="warm-up",
     )
     return {**metrics, **usage(encoded, examples)}
-
-
-def _encoded(job: Job) -> list[Encoded]:
-    """The warm-up examples as tokens, in the order of the split."""
-    split = read_table(job.parents["split"] / "split.parquet")
-    chosen = split[split["split"] == SPLIT].sort_values("position")["example_id"]
-    pool = read_arrow(job.parents["pool"] / "pool.parquet", ["example_id", "messages"]).to_pylist()
-    messages = {row["example_id"]: row["messages"] for row in pool}
-    unknown = [i for i in chosen if i not in messages]
-    if unknown:
-        raise ArtifactError(
-            "the split names examples that the pool does not have",
-            where=job.parents["split"],
-            value=unknown[:5],
-            fix="make the split again from this pool",
-        )
-    chat, tokenizer = job.section(ChatSection, "chat"), load_tokenizer(job.parents["target"])
-    return [
-        encode(messages[i], tokenizer, chat.template, chat.max_length, example_id=i) for i in chosen
-    ]
