@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from iprox.data.sources import data_path
 from iprox.errors import ModelError, did_you_mean
@@ -162,15 +163,8 @@ def _load_pretrained(name: str, section: TargetSection, revision: str | None) ->
             **shared,
         )
         tokenizer = AutoTokenizer.from_pretrained(name, **shared)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(
-            "the target cannot be loaded",
-            where="target.model",
-            value=f"{section.model}: {error}",
-            allowed=f"{did_you_mean(section.model, PACKAGED)}, a folder below data_dir, a hub name",
-            fix="check the name; for a hub model, load it once with a connection "
-            "(HF_HUB_OFFLINE unset)",
-        ) from None
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise _not_loaded(section.model, error) from None
     missing = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
     if missing:
         raise ModelError(
@@ -187,3 +181,17 @@ def _load_pretrained(name: str, section: TargetSection, revision: str | None) ->
             fix="use the model's unquantised version",
         )
     return model, tokenizer
+
+
+def _not_loaded(model: str, error: Exception) -> ModelError:
+    if "trust_remote_code" in str(error):
+        fix = "read the code that comes with the model, then set target.trust_remote_code: true"
+    else:
+        fix = "check the name; load a hub model once with a connection (HF_HUB_OFFLINE unset)"
+    return ModelError(
+        "the target cannot be loaded",
+        where=f"target.model {model}",
+        value=str(error),
+        allowed=f"{did_you_mean(model, PACKAGED)}, a folder below data_dir, a hub name",
+        fix=fix,
+    )
