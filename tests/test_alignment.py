@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ARCHITECTURES, tiny_model
+from conftest import ARCHITECTURES
+from oracles import exact_model
 from torch import Tensor, nn
 
 from iprox.engine import align as align_module
@@ -31,33 +32,14 @@ ALL = LayersSection()
 RANK = 6
 
 
-class Norm64(nn.Module):
-    """RMS norm without the cast to float32 that the models' own have."""
-
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self.weight = norm.weight
-        self.eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-        self.offset = 1.0 if "Gemma" in type(norm).__name__ else 0.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return x * scale * (self.weight + self.offset)
-
-
-def float64_model(architecture: str = "llama", **changes: Any) -> Any:
-    """A tiny model that computes in float64 throughout, with weights large enough to matter."""
-    model = tiny_model(architecture, **changes)
-    for name, module in list(model.named_modules()):
-        if "RMSNorm" in type(module).__name__:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, Norm64(module))
-    model.set_attn_implementation("sdpa")
+def float64_model(architecture: str = "llama") -> Any:
+    """A tiny model that computes in float64, with weights large enough to matter."""
+    model = exact_model(architecture)
     for linear in block_linears(model, ALL).values():
         linear.weight.data *= 5
         if linear.bias is not None:
             nn.init.normal_(linear.bias)
-    return model.requires_grad_(False)
+    return model
 
 
 def svd_factors(model: Any, rank: int | None = RANK, layers: LayersSection = ALL) -> dict[str, Any]:
@@ -338,7 +320,7 @@ def test_a_stopped_projection_gives_another_gradient_and_all_ways_agree() -> Non
 
 
 def test_central_differences_hold_in_float32_and_leave_the_factors_as_they_were() -> None:
-    target = tiny_model(dtype=torch.float32).requires_grad_(False)
+    target = float64_model().float()
     batch, gradients = make_batch(), {}
     for hvp in ("double_backward", "central_diff"):
         proxy = Factorised(as_proxy(target, svd_factors(target)), AlignSection(hvp=hvp))

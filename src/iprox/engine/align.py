@@ -377,7 +377,7 @@ class _Judge(Generic[ExampleT]):
         return mean_objective(found, sizes)
 
     def _gram(self, model: Any, layers: Mapping[str, nn.Linear]) -> Tensor:
-        compared, chunk = self.examples[:MAX_COMPARED], self.proxy.align.batch
+        compared, chunk = self.examples[:MAX_COMPARED], 2 * self.proxy.align.batch
         return gradient_gram(model, layers, compared, self.collate, chunk, self.reduction)
 
     def _broken(self, found: Objective) -> NumericsError:
