@@ -1,0 +1,1 @@
+"""Evaluation: likelihoods and generations of test items, and what they are worth."""
