@@ -82,7 +82,12 @@ class Fixture:
         return Job(stage="report", params=params, parents=dict(self.parents), out=out)
 
     def stage(
-        self, role: str, stage: str, write: Callable[[Path], object], seconds: float = 1.5, **more: Any
+        self,
+        role: str,
+        stage: str,
+        write: Callable[[Path], object],
+        seconds: float = 1.5,
+        **more: Any,
     ) -> Path:
         """Write one stage folder: its files, manifest, spec and provenance."""
         name = f"{role.replace('/', '-')}-0a1b2c3d"
@@ -109,7 +114,9 @@ class Fixture:
         for i, task in enumerate(self.tasks):
             self.stage(f"task/{task}", "task", lambda f: (f / "queries.parquet").write_bytes(b"-"))
             self.stage(
-                f"base/evaluation-{task}", "evaluation", lambda f, i=i: write_evaluation(f, i, 0.0, 0)
+                f"base/evaluation-{task}",
+                "evaluation",
+                lambda f, i=i: write_evaluation(f, i, 0.0, 0),
             )
 
     def _pool(self) -> pd.DataFrame:
@@ -136,11 +143,15 @@ class Fixture:
         if run == "glance":
             return
         ranking = self._ranking(run, seed)
-        self.stage(f"{run}/ranking", "ranking", lambda f: write_table(f / "ranking.parquet", ranking))
+        self.stage(
+            f"{run}/ranking", "ranking", lambda f: write_table(f / "ranking.parquet", ranking)
+        )
         chosen = ranking[ranking["rank"] <= self.n_selected].assign(reason="best scores")
         columns = ["example_id", "task", "rank", "score", "reason"]
         self.stage(
-            f"{run}/selection", "selection", lambda f: write_table(f / "selection.parquet", chosen[columns])
+            f"{run}/selection",
+            "selection",
+            lambda f: write_table(f / "selection.parquet", chosen[columns]),
         )
         for subset in ["all"] if random else self.tasks:
             self.stage(f"{run}/finetune-{subset}", "finetune", lambda f: write_log(f, seed), 140.0)
@@ -167,10 +178,14 @@ class Fixture:
         self.parents[f"{run}/warmup"] = self.warmup
         if run == "full":
             return
-        self.stage(f"{run}/factors", "factors", lambda f: write_layers(f, 0.3 if "0.3" in run else 0.5))
+        self.stage(
+            f"{run}/factors", "factors", lambda f: write_layers(f, 0.3 if "0.3" in run else 0.5)
+        )
         self.stage(f"{run}/proxy", "proxy", lambda f: write_alignment(f, seed), 21.0)
         self.stage(
-            f"{run}/fidelity", "fidelity", lambda f: write_fidelity(f, self.tasks, NOISE.get(run, 1.0))
+            f"{run}/fidelity",
+            "fidelity",
+            lambda f: write_fidelity(f, self.tasks, NOISE.get(run, 1.0)),
         )
 
     def _ranking(self, run: str, seed: int) -> pd.DataFrame:
@@ -179,7 +194,9 @@ class Fixture:
             truth = np.random.default_rng(i).normal(size=len(self.ids))
             noise = np.random.default_rng(seed + i).normal(size=len(self.ids))
             score = noise if run.startswith("random") else truth + NOISE[run] * noise
-            part = pd.DataFrame({"example_id": self.ids, "score": (0.05 * score).astype(np.float32)})
+            part = pd.DataFrame(
+                {"example_id": self.ids, "score": (0.05 * score).astype(np.float32)}
+            )
             part = part.sort_values("score", ascending=False).reset_index(drop=True)
             parts.append(part.assign(task=task, rank=np.arange(1, len(part) + 1)))
         return pd.concat(parts, ignore_index=True)[["task", "rank", "example_id", "score"]]
@@ -205,18 +222,19 @@ def write_evaluation(folder: Path, task: int, gain: float, seed: int) -> None:
     n = 60
     hardness = np.random.default_rng(50 + task).gamma(4.0, 0.6, size=n)
     loss = hardness - gain + 0.05 * np.random.default_rng(seed).normal(size=n) * (seed > 0)
-    correct = np.random.default_rng(seed + 9).random(n) < 0.4 + gain
-    items = pd.DataFrame(
-        {
-            "example_id": [f"test-{i:03d}" for i in range(n)],
-            "subtask": "one",
-            "kind": "loss",
-            "loss": loss,
-            "correct": correct.astype(float),
-        }
-    )
+    right = np.random.default_rng(seed + 9).random(n) < 0.4 + gain
+    rows = [{"example_id": f"loss-{i}", "kind": "loss", "loss": x} for i, x in enumerate(loss)]
+    rows += [{"example_id": f"mc-{i}", "kind": "choice", "correct": x} for i, x in enumerate(right)]
+    # the last item could not be run, as when its prompt is too long
+    rows.append({"example_id": "mc-long", "kind": "choice", "not_run": "the prompt leaves no room"})
+    items = pd.DataFrame(rows).assign(subtask="one")
     write_table(folder / "items.parquet", items)
-    metrics = {name: _mean(items[column]) for name, column in (("loss", "loss"), ("accuracy", "correct"))}
+    metrics = {
+        "loss": _mean(items["loss"].dropna()),
+        "loss_macro": _mean(items["loss"].dropna()),
+        "accuracy": _mean(items["correct"].dropna().astype(float)),
+        "choice_items_not_run": 1,
+    }
     (folder / "metrics.json").write_text(dump_json(metrics))
 
 
@@ -231,7 +249,12 @@ def write_fidelity(folder: Path, tasks: Sequence[str], noise: float) -> None:
     rows = []
     for i, task in enumerate([*tasks, "mean"]):
         value = 1 / np.hypot(1, noise) - 0.02 * (i == 1) - 0.01 * (i == len(tasks))
-        for metric, shift in (("spearman", 0.0), ("kendall", -0.13), ("pearson", 0.01), ("top_5%", -0.2)):
+        for metric, shift in (
+            ("spearman", 0.0),
+            ("kendall", -0.13),
+            ("pearson", 0.01),
+            ("top_5%", -0.2),
+        ):
             middle = value + shift
             rows.append([task, metric, middle, middle - 0.06, middle + 0.04, 256])
     rows.append(["mean", "loss_retention", 0.62, 0.6, 0.65, 256])
@@ -242,8 +265,12 @@ def write_fidelity(folder: Path, tasks: Sequence[str], noise: float) -> None:
 def write_log(folder: Path, seed: int) -> None:
     """``log.parquet`` of a training."""
     steps = np.arange(1, 33)
-    loss = 1.9 + 0.7 * np.exp(-steps / 9) + 0.05 * np.random.default_rng(seed).normal(size=len(steps))
-    log = pd.DataFrame({"step": steps, "epoch": steps / 8, "loss": loss, "lr": 1e-5, "grad_norm": 1.0})
+    loss = (
+        1.9 + 0.7 * np.exp(-steps / 9) + 0.05 * np.random.default_rng(seed).normal(size=len(steps))
+    )
+    log = pd.DataFrame(
+        {"step": steps, "epoch": steps / 8, "loss": loss, "lr": 1e-5, "grad_norm": 1.0}
+    )
     write_table(folder / "log.parquet", log)
 
 
@@ -253,7 +280,13 @@ def write_alignment(folder: Path, seed: int) -> None:
     rows = []
     for step in range(33):
         down = 0.3 + 0.5 * np.exp(-step / 10) + 0.02 * rng.normal()
-        row = {"step": step, "epoch": step / 32, "loss_ga": down, "kl": down / 2, "objective": 1.05 * down}
+        row = {
+            "step": step,
+            "epoch": step / 32,
+            "loss_ga": down,
+            "kl": down / 2,
+            "objective": 1.05 * down,
+        }
         row |= {"proxy_loss": 3 + down, "target_loss": 2.7, "fidelity": None, "chosen": False}
         rows.append({**row, "split": "train", "lr": 5e-5, "grad_norm": 1.0})
         if step % 8 == 0:
@@ -264,7 +297,12 @@ def write_alignment(folder: Path, seed: int) -> None:
 
 def write_layers(folder: Path, sparsity: float) -> None:
     """``layers.parquet`` of twelve blocks; the smallest layers stay dense."""
-    shapes = {"q_proj": (64, 64), "k_proj": (16, 64), "gate_proj": (160, 64), "down_proj": (64, 160)}
+    shapes = {
+        "q_proj": (64, 64),
+        "k_proj": (16, 64),
+        "gate_proj": (160, 64),
+        "down_proj": (64, 160),
+    }
     rows = []
     for block in range(12):
         for kind, (out_dim, in_dim) in shapes.items():

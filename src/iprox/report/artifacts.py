@@ -1,4 +1,4 @@
-"""A study's finished artifacts as the report reads them: runs, their stages, and why one is absent."""
+"""A study's finished artifacts as the report reads them: runs, stages, why one is absent."""
 
 from __future__ import annotations
 
@@ -251,7 +251,9 @@ def _run(name: str, about: dict[str, Any], artifacts: dict[str, Artifact]) -> Ru
 
 def _by_task(artifacts: dict[str, Artifact], tasks: list[str]) -> dict[str, Artifact]:
     """Evaluations of the base model by task."""
-    return {task: artifacts[f"evaluation-{task}"] for task in tasks if f"evaluation-{task}" in artifacts}
+    return {
+        task: artifacts[f"evaluation-{task}"] for task in tasks if f"evaluation-{task}" in artifacts
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:

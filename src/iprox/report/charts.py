@@ -110,8 +110,16 @@ def colours(study: Study) -> dict[str, str]:
     return chosen
 
 
+class Canvas:
+    """A figure being drawn, its axes, and in the end the finished chart."""
+
+    def __init__(self, figure: Any, axes: Any) -> None:
+        self.figure, self.axes = figure, axes
+        self.chart: Chart
+
+
 @contextmanager
-def drawing(name: str, title: str, height: float, unit: str = "") -> Iterator[Any]:
+def drawing(name: str, title: str, height: float, unit: str = "") -> Iterator[Canvas]:
     """A figure with one pair of axes, titled; after the block ``canvas.chart`` is the result.
 
     Args:
@@ -124,7 +132,7 @@ def drawing(name: str, title: str, height: float, unit: str = "") -> Iterator[An
     from matplotlib.figure import Figure
 
     with mpl.rc_context({**_RC, "svg.hashsalt": name}):
-        figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+        figure: Any = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
         room = (36 if unit else 22) / height
         figure.get_layout_engine().set(rect=(0, 0, 1, 1 - room))
         canvas = Canvas(figure, figure.add_subplot())
@@ -133,14 +141,6 @@ def drawing(name: str, title: str, height: float, unit: str = "") -> Iterator[An
         figure.text(y=1 - 2 / height, s=title, fontsize=11.5, fontweight="bold", **place)
         figure.text(y=1 - 18 / height, s=unit, fontsize=10.5, color=SOFT, **place)
         canvas.chart = Chart(name, title, _svg(figure), _png(figure))
-
-
-class Canvas:
-    """A figure being drawn, its axes, and in the end the finished chart."""
-
-    def __init__(self, figure: Any, axes: Any) -> None:
-        self.figure, self.axes = figure, axes
-        self.chart: Chart
 
 
 def _svg(figure: Any) -> str:
@@ -183,8 +183,14 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]], size: f
     for (x, y, name, colour), at in zip(ends, placed, strict=True):
         level = low + at / height * (high - low)
         axes.annotate(
-            short(name), (right, level), (7, 0), textcoords="offset points", va="center", color=colour,
-            fontsize=size, annotation_clip=False,
+            short(name),
+            (right, level),
+            (7, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontsize=size,
+            annotation_clip=False,
         )
         if x < right or abs(level - y) > 0.02 * (high - low):
             axes.plot([x, right], [y, level], color=colour, lw=0.6, alpha=0.6, clip_on=False)
@@ -248,8 +254,14 @@ def label_points(
         assert best is not None
         taken.append(best[3])
         axes.annotate(
-            name, (x, y), (best[1], best[2]), textcoords="offset points", va="bottom",
-            color=colour, fontsize=size, annotation_clip=False,
+            name,
+            (x, y),
+            (best[1], best[2]),
+            textcoords="offset points",
+            va="bottom",
+            color=colour,
+            fontsize=size,
+            annotation_clip=False,
         )
 
 
@@ -257,8 +269,14 @@ def _sides(width: float, height: float) -> list[tuple[float, float]]:
     """Offsets of a label's lower left corner from its point, the preferred first."""
     middle = -height / 2
     return [
-        (9, middle), (9, 5), (9, -height - 4), (-width - 9, middle), (-width - 9, 5),
-        (-width - 9, -height - 4), (-width / 2, 9), (-width / 2, -height - 9),
+        (9, middle),
+        (9, 5),
+        (9, -height - 4),
+        (-width - 9, middle),
+        (-width - 9, 5),
+        (-width - 9, -height - 4),
+        (-width / 2, 9),
+        (-width / 2, -height - 9),
     ]
 
 

@@ -55,8 +55,6 @@ def paired_difference(first: pd.Series, second: pd.Series) -> Difference:
     return Difference(mean, mean - spread, mean + spread, len(delta))
 
 
-def intervals_overlap(
-    first: tuple[float, float], second: tuple[float, float]
-) -> bool:
+def intervals_overlap(first: tuple[float, float], second: tuple[float, float]) -> bool:
     """Whether two intervals (low, high) share a point; unknown ends count as overlap."""
     return not (first[1] < second[0] or second[1] < first[0])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from iprox.report import tables
-from iprox.report.artifacts import Run, Study
+from iprox.report.artifacts import Artifact, Run, Study
 from iprox.report.charts import (
     INK,
     PAPER,
@@ -52,7 +51,11 @@ def fidelity_against_cost(study: Study) -> list[Chart]:
     }
     table = tables.runs(study).set_index("run")
     costs = {
-        "seconds": ("Fidelity against scoring time", table["seconds_per_1000"], "seconds per 1,000 examples scored"),
+        "seconds": (
+            "Fidelity against scoring time",
+            table["seconds_per_1000"],
+            "seconds per 1,000 examples scored",
+        ),
         "parameters": (
             "Fidelity against size",
             100 * (1 - table["sparsity_effective"]),
@@ -65,7 +68,11 @@ def fidelity_against_cost(study: Study) -> list[Chart]:
     for name, (title, cost, label) in costs.items():
         shown = [run for run in measured if known(cost[run])]
         if shown:
-            charts.append(_scatter(study, f"fidelity-{name}", title, cost, label, {r: measured[r] for r in shown}))
+            charts.append(
+                _scatter(
+                    study, f"fidelity-{name}", title, cost, label, {r: measured[r] for r in shown}
+                )
+            )
     return charts
 
 
@@ -79,7 +86,10 @@ def _scatter(
 ) -> Chart:
     """Runs as points with intervals, the target as the reference at one."""
     palette, group = colours(study), {run.name: run.group for run in study.runs}
-    points = [(float(cost[run]), found["value"], run, palette[group[run]]) for run, found in measured.items()]
+    points = [
+        (float(cost[run]), found["value"], run, palette[group[run]])
+        for run, found in measured.items()
+    ]
     with drawing(name, title, 290, "mean Spearman with the target, 95 % interval") as canvas:
         axes = canvas.axes
         for (x, y, _, colour), found in zip(points, measured.values(), strict=True):
@@ -138,22 +148,37 @@ def score_distributions(study: Study, task: str) -> Chart | None:
             run = by_name[name]
             _ridge(axes, values, edges, level, palette[run.group])
             axes.annotate(
-                short(name), (0, level), (-6, 5), xycoords=("axes fraction", "data"),
-                textcoords="offset points", ha="right", color=palette[run.group], fontsize=10.5,
+                short(name),
+                (0, level),
+                (-6, 5),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                ha="right",
+                color=palette[run.group],
+                fontsize=10.5,
             )
             cut = _selected_from(run, task)
             if cut is not None and not standardised:
                 axes.plot([cut, cut], [level, level + 0.8], color=INK, lw=1)
                 axes.annotate(
-                    "selected", (cut, level + 0.8), (3, -9), textcoords="offset points",
-                    fontsize=9, color=SOFT,
+                    "selected",
+                    (cut, level + 0.8),
+                    (3, -9),
+                    textcoords="offset points",
+                    fontsize=9,
+                    color=SOFT,
                 )
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.set_ylim(-0.05, len(scores))
         axes.set_xlim(edges[0], edges[-1])
-        unit = "score in standard deviations of the run" if standardised else "score (right of the line: selected)"
+        unit = (
+            "score in standard deviations of the run"
+            if standardised
+            else "score (right of the line: selected)"
+        )
         axes.set_xlabel(unit, loc="left")
+        axes.locator_params(axis="x", nbins=6)
     return canvas.chart
 
 
@@ -195,8 +220,10 @@ def agreement(study: Study, task: str) -> Chart | None:
     cell = min(58, max(20, (WIDE_ENOUGH - 6.5 * max(len(short(n)) for n in names)) / len(names)))
     with drawing(f"agreement-{task}", f"Agreement on {task}", 80 + cell * len(names)) as canvas:
         axes = canvas.axes
-        for row in table.itertuples(index=False):
-            _heat_cell(axes, names.index(row.run_a), names.index(row.run_b), row.spearman, len(names) <= 10)
+        for first, second, value in table[["run_a", "run_b", "spearman"]].to_numpy():
+            _heat_cell(
+                axes, names.index(first), names.index(second), float(value), len(names) <= 10
+            )
         _heat_axes(axes, names, colours(study), {run.name: run.group for run in study.runs})
     return canvas.chart
 
@@ -211,7 +238,9 @@ def _heat_cell(axes: Any, column: int, row: int, value: float, written: bool) ->
 
     strength = 0.0 if not known(value) else min(abs(value), 1.0)
     colour = POSITIVE if known(value) and value >= 0 else NEGATIVE
-    cell = Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, fc=colour, alpha=0.04 + 0.56 * strength, lw=0)
+    cell = Rectangle(
+        (column - 0.48, row - 0.48), 0.96, 0.96, fc=colour, alpha=0.04 + 0.56 * strength, lw=0
+    )
     axes.add_patch(cell)
     if written:
         text = f"{value:.2f}".replace("-", "\N{MINUS SIGN}") if known(value) else "-"
@@ -226,8 +255,12 @@ def _heat_axes(axes: Any, names: list[str], palette: dict[str, str], group: dict
     longest = max(map(len, shown))
     slanted = 6.2 * longest * len(shown) > WIDE_ENOUGH - 6.5 * longest
     axes.set_yticks(positions, shown)
-    axes.set_xticks(positions, shown, rotation=35 if slanted else 0, ha="right" if slanted else "center")
-    for tick, name in zip([*axes.get_yticklabels(), *axes.get_xticklabels()], names * 2, strict=True):
+    axes.set_xticks(
+        positions, shown, rotation=35 if slanted else 0, ha="right" if slanted else "center"
+    )
+    for tick, name in zip(
+        [*axes.get_yticklabels(), *axes.get_xticklabels()], names * 2, strict=True
+    ):
         tick.set_color(palette[group[name]])
     axes.grid(visible=False)
     for spine in axes.spines.values():
@@ -235,15 +268,24 @@ def _heat_axes(axes: Any, names: list[str], palette: dict[str, str], group: dict
 
 
 def heldout(study: Study) -> list[Chart]:
-    """Each metric of each task after fine-tuning: base, every run, and the mean of random draws."""
+    """Each metric of each task after fine-tuning: base, every run, and the mean of random draws.
+
+    Means over subtasks are in the tables only.
+    """
     table = tables.heldout(study)
-    shown = table[~table["metric"].str.startswith("_")] if len(table) else table
+    shown = table[~table["metric"].str.endswith(tables.MACRO)] if len(table) else table
     charts = []
     for (task, metric), part in shown.groupby(["task", "metric"], sort=False):
         if part["value"].notna().any():
             charts.append(_dot_plot(study, str(task), str(metric), part))
     order = {task: i for i, task in enumerate(study.tasks)}
-    return sorted(charts, key=lambda chart: (not chart.name.endswith("-loss"), order.get(chart.title.split(": ")[0], 0)))
+    return sorted(
+        charts,
+        key=lambda chart: (
+            not chart.name.endswith("-loss"),
+            order.get(chart.title.split(": ")[0], 0),
+        ),
+    )
 
 
 def _dot_plot(study: Study, task: str, metric: str, part: pd.DataFrame) -> Chart:
@@ -273,6 +315,7 @@ def _dot_plot(study: Study, task: str, metric: str, part: pd.DataFrame) -> Chart
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.06)
+        axes.locator_params(axis="x", nbins=7)
         if groups[0] == "base":
             base = float(part.loc[part["group"] == "base", "value"].iloc[0])
             axes.axvline(base, color=SOFT, lw=0.8, dashes=(3, 3))
@@ -308,23 +351,26 @@ def _draws(axes: Any, values: pd.Series, level: int, colour: str) -> None:
 def training(study: Study) -> list[Chart]:
     """Loss over the steps of the warm-up, and of fine-tuning for each task."""
     charts = []
-    warmups = _distinct(study, lambda run: run.artifacts.get("warmup"))
+    warmups = _distinct(study, {run.name: run.artifacts.get("warmup") for run in study.runs})
     charts.append(_curves(study, "training-warmup", "Warm-up", warmups))
     for task in study.tasks:
-        logs = _distinct(study, lambda run, task=task: run.of("finetune", [task]).get(task))
+        tuned = {run.name: run.of("finetune", [task]).get(task) for run in study.runs}
+        logs = _distinct(study, tuned)
         charts.append(_curves(study, f"training-{task}", f"Fine-tuning for {task}", logs))
     return [chart for chart in charts if chart is not None]
 
 
-def _distinct(study: Study, pick: Callable[[Run], Any]) -> list[tuple[Run, pd.DataFrame]]:
-    """Training logs of the picked stage, each once, under the first run that has it."""
-    found = {a.id: (run, a) for run in reversed(study.runs) if (a := pick(run)) is not None}
+def _distinct(study: Study, trained: dict[str, Artifact | None]) -> list[tuple[Run, pd.DataFrame]]:
+    """Training logs of a stage by run, each log once, under the first run that has it."""
+    found = {a.id: (run, a) for run in reversed(study.runs) if (a := trained[run.name])}
     ordered = sorted(found.values(), key=lambda pair: study.runs.index(pair[0]))
     logs = [(run, artifact.table("log.parquet")) for run, artifact in ordered]
     return [(run, log) for run, log in logs if len(log)]
 
 
-def _curves(study: Study, name: str, title: str, logs: list[tuple[Run, pd.DataFrame]]) -> Chart | None:
+def _curves(
+    study: Study, name: str, title: str, logs: list[tuple[Run, pd.DataFrame]]
+) -> Chart | None:
     """Training loss by step; draws of chance thin, all others named at their end."""
     if not logs:
         return None
@@ -337,8 +383,12 @@ def _curves(study: Study, name: str, title: str, logs: list[tuple[Run, pd.DataFr
             if len(values) < len(log["loss"]) or len(log) > 40:
                 canvas.axes.plot(log["step"], log["loss"], color=colour, lw=0.6, alpha=0.25)
             canvas.axes.plot(
-                log["step"], values, color=colour, lw=1 if thin else 1.8,
-                marker="o" if len(log) < 3 else None, ms=4,
+                log["step"],
+                values,
+                color=colour,
+                lw=1 if thin else 1.8,
+                marker="o" if len(log) < 3 else None,
+                ms=4,
             )
             last = (float(log["step"].iloc[-1]), float(values.iloc[-1]))
             ends.setdefault(run.group, (*last, run.group, colour))
@@ -395,15 +445,24 @@ def _alignment_curves(
     study: Study, column: str, unit: str, logs: list[tuple[Run, pd.DataFrame]]
 ) -> Chart:
     palette = colours(study)
-    title = {"fidelity": "Fidelity", "objective": "Objective", "loss_ga": "Gradient distance", "kl": "Anchor"}
+    title = {
+        "fidelity": "Fidelity",
+        "objective": "Objective",
+        "loss_ga": "Gradient distance",
+        "kl": "Anchor",
+    }
     with drawing(f"alignment-{column}", f"{title[column]} during alignment", 250, unit) as canvas:
         axes, ends = canvas.axes, []
         for run, log in logs:
             colour = palette[run.group]
             axes.plot(log["step"], log[column], color=colour, marker=".", ms=5)
             kept = log[log["chosen"].astype(bool)]
-            axes.plot(kept["step"], kept[column], "o", mfc=PAPER, mec=colour, mew=1.6, ms=8, clip_on=False)
-            ends.append((float(log["step"].iloc[-1]), float(log[column].iloc[-1]), run.name, colour))
+            axes.plot(
+                kept["step"], kept[column], "o", mfc=PAPER, mec=colour, mew=1.6, ms=8, clip_on=False
+            )
+            ends.append(
+                (float(log["step"].iloc[-1]), float(log[column].iloc[-1]), run.name, colour)
+            )
         right = max(float(log["step"].max()) for _, log in logs)
         axes.set_xlim(0, right or 1)
         axes.set_xlabel("alignment step (0: the start); ring: the step kept", loc="left")
@@ -424,11 +483,15 @@ def _layer_chart(run: str, part: pd.DataFrame) -> Chart:
     part["kind"] = [name.rsplit(".", 1)[-1] for name in part["layer"]]
     numbers = [re.search(r"\.(\d+)\.", name) for name in part["layer"]]
     part["depth"] = [int(hit.group(1)) if hit else i for i, hit in enumerate(numbers)]
-    with drawing(f"layers-{run}", f"Layers of {short(run)}", 270, "truncation error; hollow: kept dense") as canvas:
+    with drawing(
+        f"layers-{run}", f"Layers of {short(run)}", 270, "truncation error; hollow: kept dense"
+    ) as canvas:
         axes, ends = canvas.axes, []
         for i, (kind, rows) in enumerate(part.groupby("kind", sort=False)):
             rows, colour = rows.sort_values("depth"), SERIES[i % len(SERIES)]
-            axes.plot(rows["depth"], rows["truncation_error"], color=colour, lw=1.4, marker=".", ms=5)
+            axes.plot(
+                rows["depth"], rows["truncation_error"], color=colour, lw=1.4, marker=".", ms=5
+            )
             dense = rows[rows["kept_dense"].astype(bool)]
             axes.plot(dense["depth"], dense["truncation_error"], "o", mfc=PAPER, mec=colour, ms=5)
             last = rows.iloc[-1]
@@ -449,4 +512,6 @@ def _layer_label(kind: str, rows: pd.DataFrame) -> str:
     if rows["kept_dense"].all():
         return f"{name}, dense"
     ranks = sorted(set(rows.loc[~rows["kept_dense"].astype(bool), "rank"]))
-    return f"{name}, rank {ranks[0]}" if len(ranks) == 1 else f"{name}, rank {ranks[0]} to {ranks[-1]}"
+    return (
+        f"{name}, rank {ranks[0]}" if len(ranks) == 1 else f"{name}, rank {ranks[0]} to {ranks[-1]}"
+    )

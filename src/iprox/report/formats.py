@@ -109,7 +109,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def latex(table: pd.DataFrame) -> str:
-    """A booktabs ``tabular``, ready for ``\\input``."""
+    """A booktabs ``tabular``, to be read in with LaTeX's ``input``."""
     columns = "".join("r" if numeric(table[column]) else "l" for column in table.columns)
     header = _latex_row([str(column) for column in table.columns])
     rows = [_latex_row([cell_text(v) for v in row]) for row in table.itertuples(index=False)]
@@ -122,7 +122,10 @@ def text_table(header: list[str], rows: list[list[str]]) -> str:
     cells = [header, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [
-        "  ".join(t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            t.ljust(w) if i == 0 else t.rjust(w)
+            for i, (t, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in cells
     ]
     return "\n".join(line.rstrip() for line in lines)

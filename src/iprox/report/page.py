@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -147,17 +147,29 @@ def headline_grid(study: Study, frame: pd.DataFrame) -> Grid:
             [
                 _group_cell(study, row["run"], len(members)),
                 _measured(
-                    row["fidelity"], row["fidelity_low"], row["fidelity_high"], 2, _why(first, "fidelity")
+                    row["fidelity"],
+                    row["fidelity_low"],
+                    row["fidelity_high"],
+                    2,
+                    _why(first, "fidelity"),
                 ),
                 *(_loss_cell(row, task, first) for task in study.tasks),
-                _plain(row["speedup"], lambda v: f"{v:.2f}\N{MULTIPLICATION SIGN}", _why_no_speedup(study, first)),
-                _plain(tables.seconds_per_1000(study, first) if first else None, duration, _why(first, "features")),
+                _plain(
+                    row["speedup"],
+                    lambda v: f"{v:.2f}\N{MULTIPLICATION SIGN}",
+                    _why_no_speedup(study, first),
+                ),
+                _plain(
+                    tables.seconds_per_1000(study, first) if first else None,
+                    duration,
+                    _why(first, "features"),
+                ),
             ]
         )
     return Grid(columns, rows)
 
 
-def _loss_cell(row: dict[str, Any], task: str, first: Run | None) -> Cell:
+def _loss_cell(row: Mapping[Any, Any], task: str, first: Run | None) -> Cell:
     """Loss, and below it the change to base with its paired interval."""
     name = f"loss_{task}"
     if not known(row[name]):
@@ -174,7 +186,11 @@ def _loss_cell(row: dict[str, Any], task: str, first: Run | None) -> Cell:
 
 def _why(run: Run | None, name: str) -> str:
     if run is None:
-        return "the untouched target selects nothing" if not name.startswith("evaluation") else "not evaluated"
+        return (
+            "the untouched target selects nothing"
+            if not name.startswith("evaluation")
+            else "not evaluated"
+        )
     if name in run.artifacts:
         return "the stage did not record this number"
     return run.why_missing(name)
@@ -188,14 +204,22 @@ def _why_no_speedup(study: Study, run: Run | None) -> str:
 
 def _plain(value: float | None, show: Callable[[float], str], why: str) -> Cell:
     """A number, or a dash with the reason."""
-    return Cell(show(value), f"{value:.6g}") if value is not None and known(value) else Cell(MISSING, why)
+    return (
+        Cell(show(value), f"{value:.6g}")
+        if value is not None and known(value)
+        else Cell(MISSING, why)
+    )
 
 
 def _measured(value: float, low: float, high: float, digits: int, why: str) -> Cell:
     """A number with its interval, or a dash with the reason."""
     if not known(value):
         return Cell(MISSING, why)
-    return Cell(number(value, digits).replace("-", "\N{MINUS SIGN}"), f"{value:.6g}", interval(low, high, digits))
+    return Cell(
+        number(value, digits).replace("-", "\N{MINUS SIGN}"),
+        f"{value:.6g}",
+        interval(low, high, digits),
+    )
 
 
 def _group_cell(study: Study, group: str, draws: int = 1) -> Cell:
@@ -210,7 +234,16 @@ def _run_cell(study: Study, name: str) -> Cell:
 
 def runs_grid(study: Study) -> Grid:
     """What each run is: scorer, proxy, sizes, and the keys it changes."""
-    columns = ["run", "scorer", "proxy", "sparsity", "parameters kept", "until", "preset", "changed keys"]
+    columns = [
+        "run",
+        "scorer",
+        "proxy",
+        "sparsity",
+        "parameters kept",
+        "until",
+        "preset",
+        "changed keys",
+    ]
     frame = tables.runs(study)
     rows = []
     for run, row in zip(study.runs, frame.to_dict("records"), strict=True):
@@ -219,7 +252,7 @@ def runs_grid(study: Study) -> Grid:
         if known(row["parameters"]):
             kept = Cell(
                 percent(1 - row["sparsity_effective"], 1),
-                f"{row['parameters']:,.0f} of {row['parameters_dense']:,.0f} in the replaced layers",
+                f"{row['parameters']:,.0f} of {row['parameters_dense']:,.0f} parameters",
             )
         rows.append(
             [
@@ -238,14 +271,23 @@ def runs_grid(study: Study) -> Grid:
 
 def stages_grid(frame: pd.DataFrame) -> Grid:
     """Every stage folder with what it cost."""
-    columns = [("stage", False), ("id", False), ("used by", False), ("seconds", True), ("peak memory", True), ("content", False)]
+    columns = [
+        ("stage", False),
+        ("id", False),
+        ("used by", False),
+        ("seconds", True),
+        ("peak memory", True),
+        ("content", False),
+    ]
     rows = [
         [
             Cell(row["stage"]),
             Cell(row["id"], code=True),
             Cell(row["runs"]),
             _plain(row["seconds"], duration, "not in the stage's provenance"),
-            _plain(row["peak_memory_bytes"], lambda v: scaled(v, "B"), "not in the stage's provenance"),
+            _plain(
+                row["peak_memory_bytes"], lambda v: scaled(v, "B"), "not in the stage's provenance"
+            ),
             Cell(row["content"][:12], row["content"], code=True),
         ]
         for row in frame.to_dict("records")
@@ -258,19 +300,36 @@ def fidelity_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
     if frame.empty:
         return None
     metrics = list(dict.fromkeys(frame["metric"]))
-    columns = [("run", False), ("task", False), *((_metric_name(m), True) for m in metrics), ("n", True)]
+    columns = [
+        ("run", False),
+        ("task", False),
+        *((_metric_name(m), True) for m in metrics),
+        ("n", True),
+    ]
     rows = []
     for (run, task), part in frame.groupby(["run", "task"], sort=False):
         by_metric = part.set_index("metric")
-        cells = [
-            _measured(*(float(by_metric.at[m, c]) for c in ("value", "low", "high")), 2, "not measured")  # type: ignore[arg-type]
-            if m in by_metric.index
-            else Cell(MISSING, "measured for single tasks only" if task == tables.MEAN else "not measured for this task")
-            for m in metrics
-        ]
+        cells = [_fidelity_cell(by_metric, metric, str(task)) for metric in metrics]
         n = part["n"].max()
-        rows.append([_run_cell(study, str(run)), Cell(str(task)), *cells, _plain(float(n), lambda v: f"{v:,.0f}", "not recorded")])
+        rows.append(
+            [
+                _run_cell(study, str(run)),
+                Cell(str(task)),
+                *cells,
+                _plain(float(n), lambda v: f"{v:,.0f}", "not recorded"),
+            ]
+        )
     return Grid(columns, rows)
+
+
+def _fidelity_cell(by_metric: pd.DataFrame, metric: str, task: str) -> Cell:
+    """One metric of one run and task."""
+    if metric in by_metric.index:
+        ends = by_metric.loc[[metric], ["value", "low", "high"]].to_numpy(dtype=float)
+        value, low, high = ends[0].tolist()
+        return _measured(value, low, high, 2, "undefined")
+    whole = "measured task by task only" if task == tables.MEAN else "measured over all tasks only"
+    return Cell(MISSING, whole)
 
 
 def _metric_name(metric: str) -> str:
@@ -288,14 +347,18 @@ def overlap_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
             continue
         names = [*(f"overlap_{task}" for task in study.tasks), "overlap_mean"]
         cells = [
-            Cell(percent(row[n]), f"{row[n]:.6g}", bar=row[n]) if known(row[n]) else Cell(MISSING, _why(run, "selection"))
+            Cell(percent(row[n]), f"{row[n]:.6g}", bar=row[n])
+            if known(row[n])
+            else Cell(MISSING, _why(run, "selection"))
             for n in names
         ]
         rows.append([_run_cell(study, run.name), *cells])
     return Grid(columns, rows)
 
 
-def composition_grids(study: Study, frame: pd.DataFrame) -> list[tuple[str, list[tuple[str, Grid | str]]]]:
+def composition_grids(
+    study: Study, frame: pd.DataFrame
+) -> list[tuple[str, list[tuple[str, Grid | str]]]]:
     """Per task, for source, category and length: shares in the pool and in each selection.
 
     A dimension with one value only comes as a sentence in place of a table.
@@ -309,7 +372,9 @@ def composition_grids(study: Study, frame: pd.DataFrame) -> list[tuple[str, list
         part = frame[(frame["task"] == task) | (frame["run"] == selected.POOL)]
         if (part["run"] != selected.POOL).any():
             dimensions = part.groupby("dimension", sort=False)
-            shown.append((task, [(str(name), _composition_grid(study, rows)) for name, rows in dimensions]))
+            shown.append(
+                (task, [(str(name), _composition_grid(study, rows)) for name, rows in dimensions])
+            )
     return shown
 
 
@@ -326,7 +391,10 @@ def _composition_grid(study: Study, part: pd.DataFrame) -> Grid | str:
         shares = pd.concat([shares.iloc[:VALUES_SHOWN], other.to_frame().T])
     rows = [
         [
-            Cell(_cut(visible(str(value)), 60) or "none given", str(value) if len(str(value)) > 60 else ""),
+            Cell(
+                _cut(visible(str(value)), 60) or "none given",
+                str(value) if len(str(value)) > 60 else "",
+            ),
             *(Cell(percent(share), f"{share:.4f}", bar=share) for share in row),
         ]
         for value, row in zip(shares.index, shares.to_numpy(), strict=True)
@@ -344,7 +412,9 @@ def examples_shown(study: Study, frame: pd.DataFrame) -> list[Example]:
             task=row["task"],
             best_in=row["best_in"],
             worst_in=row["worst_in"],
-            ranks={name.removeprefix("rank_"): int(row[name]) for name in ranks if known(row[name])},
+            ranks={
+                name.removeprefix("rank_"): int(row[name]) for name in ranks if known(row[name])
+            },
             opening=_opening(texts.get(row["example_id"], [])),
             messages=[_message(m) for m in texts.get(row["example_id"], [])],
         )
@@ -374,10 +444,18 @@ def heldout_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
     names = ["run", "task", "metric", "value", "change to base", "items"]
     rows = []
     for row in frame.to_dict("records"):
-        why = "this is the base" if row["run"] == "base" else "the base was not measured on the same items"
+        why = (
+            "this is the base"
+            if row["run"] == "base"
+            else "the base was not measured on the same items"
+        )
         delta = Cell(MISSING, why)
         if known(row["delta"]):
-            delta = Cell(signed(row["delta"]), f"{row['delta']:.6g}", interval(row["delta_low"], row["delta_high"]))
+            delta = Cell(
+                signed(row["delta"]),
+                f"{row['delta']:.6g}",
+                interval(row["delta_low"], row["delta_high"]),
+            )
         rows.append(
             [
                 _run_cell(study, row["run"]),
@@ -396,7 +474,15 @@ def layers_grid(frame: pd.DataFrame) -> Grid | None:
     if frame.empty:
         return None
     frame = frame.assign(kind=[name.rsplit(".", 1)[-1] for name in frame["layer"]])
-    names = ["proxy of run", "layers", "count", "out \N{MULTIPLICATION SIGN} in", "rank", "parameters kept", "truncation error"]
+    names = [
+        "proxy of run",
+        "layers",
+        "count",
+        "out \N{MULTIPLICATION SIGN} in",
+        "rank",
+        "parameters kept",
+        "truncation error",
+    ]
     rows = []
     for (run, kind, out_dim, in_dim, rank, dense), part in frame.groupby(
         ["run", "kind", "out", "in", "rank", "kept_dense"], sort=False
@@ -411,18 +497,39 @@ def layers_grid(frame: pd.DataFrame) -> Grid | None:
                 Cell(f"{out_dim} \N{MULTIPLICATION SIGN} {in_dim}"),
                 Cell("dense" if dense else str(rank)),
                 Cell(percent(float(kept), 1)),
-                Cell(number(float(errors.mean())), "mean over the layers", f"[{number(float(errors.min()))}, {number(float(errors.max()))}]"),
+                Cell(
+                    number(float(errors.mean())),
+                    "mean over the layers",
+                    f"[{number(float(errors.min()))}, {number(float(errors.max()))}]",
+                ),
             ]
         )
     return Grid([(n, i >= 2) for i, n in enumerate(names)], rows)
 
 
 def costs_grid(study: Study, frame: pd.DataFrame) -> Grid:
-    """What each run cost: seconds by step, their sum, the largest memory, tokens and FLOPs scored."""
-    steps = [s for s in ("warmup", "probe", "decomposition", "factors", "proxy", "features", "finetune", "evaluation")
-             if frame["step"].str.startswith(s).any()]
+    """What each run cost: seconds by step and in all, memory, tokens and FLOPs scored."""
+    steps = [
+        s
+        for s in (
+            "warmup",
+            "probe",
+            "decomposition",
+            "factors",
+            "proxy",
+            "features",
+            "finetune",
+            "evaluation",
+        )
+        if frame["step"].str.startswith(s).any()
+    ]
     columns = [("run", False), *((s, True) for s in steps)]
-    columns += [("all steps", True), ("peak memory", True), ("tokens scored", True), ("FLOPs scored", True)]
+    columns += [
+        ("all steps", True),
+        ("peak memory", True),
+        ("tokens scored", True),
+        ("FLOPs scored", True),
+    ]
     rows = []
     for run in study.runs:
         own = frame[frame["run"] == run.name]
@@ -432,8 +539,16 @@ def costs_grid(study: Study, frame: pd.DataFrame) -> Grid:
             [
                 _run_cell(study, run.name),
                 *cells,
-                _plain(_total(own.drop_duplicates("id")["seconds"]), duration, "a step did not record its seconds"),
-                _plain(own["peak_memory_bytes"].max(), lambda v: scaled(v, "B"), "no step recorded its memory"),
+                _plain(
+                    _total(own.drop_duplicates("id")["seconds"]),
+                    duration,
+                    "a step did not record its seconds",
+                ),
+                _plain(
+                    own["peak_memory_bytes"].max(),
+                    lambda v: scaled(v, "B"),
+                    "no step recorded its memory",
+                ),
                 *(
                     _plain(_total(scored[c]), scaled, _why(run, "features"))
                     for c in ("tokens", "flops")
@@ -451,7 +566,11 @@ def _step_cell(run: Run, own: pd.DataFrame, step: str) -> Cell:
     shared = int(part["shared_by"].max())
     note = f"shared by {shared} runs, made once" if shared > 1 else "made for this run alone"
     total = _total(part["seconds"])
-    return Cell(duration(total), note) if known(total) else Cell(MISSING, "not in the stage's provenance")
+    return (
+        Cell(duration(total), note)
+        if known(total)
+        else Cell(MISSING, "not in the stage's provenance")
+    )
 
 
 def _total(column: pd.Series) -> float:
@@ -466,5 +585,7 @@ def versions(study: Study) -> list[tuple[str, str]]:
         about = artifact.provenance
         for package, version in about.get("versions", {}).items():
             found.setdefault(package, set()).add(str(version))
-        found.setdefault("git revision", set()).add(str(about.get("git_revision") or "not recorded"))
+        found.setdefault("git revision", set()).add(
+            str(about.get("git_revision") or "not recorded")
+        )
     return [(name, ", ".join(sorted(all_of))) for name, all_of in sorted(found.items())]

@@ -26,9 +26,13 @@ def selected_ids(selection: Artifact, task: str) -> set[str]:
 
 
 def selection_overlap(study: Study, run: Run, task: str) -> float:
-    """Share of the target run's selection for one task that ``run`` selected too, NaN if unknown."""
+    """Share of the target run's selection for one task that ``run`` has too, NaN if unknown."""
     reference = study.target_run
-    if reference is None or "selection" not in reference.artifacts or "selection" not in run.artifacts:
+    if (
+        reference is None
+        or "selection" not in reference.artifacts
+        or "selection" not in run.artifacts
+    ):
         return float("nan")
     ours = selected_ids(run.artifacts["selection"], task)
     theirs = selected_ids(reference.artifacts["selection"], task)
@@ -56,7 +60,9 @@ def composition(study: Study) -> pd.DataFrame:
 
 def _traits(pool: Artifact) -> pd.DataFrame:
     """Source, category and length class of every pool example (index: example_id)."""
-    table = read_arrow(pool.folder / "pool.parquet", ["example_id", "source", "category", "messages"])
+    table = read_arrow(
+        pool.folder / "pool.parquet", ["example_id", "source", "category", "messages"]
+    )
     lengths = [_characters(messages) for messages in table["messages"].to_pylist()]
     return pd.DataFrame(
         {
@@ -78,8 +84,11 @@ def _length_classes(lengths: pd.Series) -> pd.Series:
     if len(edges) < 2:
         return pd.Series([f"{edges[0]:,.0f} characters"] * len(lengths))
     lows = [edges[0], *(edges[1:-1] + 1)]
-    names = [f"{low:,.0f} to {high:,.0f} characters" for low, high in zip(lows, edges[1:], strict=True)]
-    return pd.Series(pd.cut(lengths, edges, labels=names, include_lowest=True)).astype(str)
+    names = [
+        f"{low:,.0f} to {high:,.0f} characters" for low, high in zip(lows, edges[1:], strict=True)
+    ]
+    classes = np.searchsorted(edges[1:-1], lengths.to_numpy(), side="left")
+    return pd.Series([names[i] for i in classes])
 
 
 def _counts(run: str, task: str, part: pd.DataFrame, whole: pd.DataFrame) -> list[list[object]]:
@@ -120,11 +129,15 @@ def _task_examples(ranked: list[Run], task: str, count: int) -> pd.DataFrame:
         return pd.DataFrame()
     ranks = {run.name: _ranks(run, task) for run in ranked}
     best = {name: set(order.index[:count]) for name, order in ranks.items()}
-    worst = {name: set(order.index[max(count, len(order) - count) :]) for name, order in ranks.items()}
+    worst = {
+        name: set(order.index[max(count, len(order) - count) :]) for name, order in ranks.items()
+    }
     ids: set[str] = reduce(set.union, [*best.values(), *worst.values()])
     rows = pd.DataFrame({"task": task, "example_id": sorted(ids)})
     for column, ends in (("best_in", best), ("worst_in", worst)):
-        rows[column] = [" ".join(n for n, top in ends.items() if i in top) for i in rows["example_id"]]
+        rows[column] = [
+            " ".join(n for n, top in ends.items() if i in top) for i in rows["example_id"]
+        ]
     for name, order in ranks.items():
         rows[f"rank_{name}"] = rows["example_id"].map(order)
     first = f"rank_{ranked[0].name}"
@@ -138,7 +151,8 @@ def _ranks(run: Run, task: str) -> pd.Series:
     """
     ranking = run.artifacts["ranking"].table("ranking.parquet")
     own = ranking[(ranking["task"] == task) & np.isfinite(ranking["score"])]
-    return own.set_index("example_id")["rank"].sort_values(kind="stable")
+    ranks: pd.Series = own.set_index("example_id")["rank"].sort_values(kind="stable")
+    return ranks
 
 
 def texts(study: Study, ids: set[str]) -> dict[str, list[dict[str, str]]]:

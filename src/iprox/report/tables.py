@@ -7,7 +7,7 @@ what is computed here is differences, shares, overlaps and rank correlations.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,20 @@ from iprox.report.selected import selection_overlap
 MEAN = "mean"
 """Row of ``fidelity.parquet`` that averages the tasks."""
 
-LOWER_IS_BETTER = {"loss"}
+LOWER_IS_BETTER = ("loss", "loss_macro")
 """Metrics of an evaluation where less is better; of all others more is."""
+
+MACRO = "_macro"
+"""End of the name of a metric that is averaged over subtasks, not over items."""
+
+ITEMS = {
+    "loss": ("loss", "loss"),
+    "accuracy": ("choice", "correct"),
+    "accuracy_norm": ("choice", "accuracy_norm"),
+    "exact_match": ("generate", "correct"),
+    "f1": ("generate", "f1"),
+}
+"""Metrics that are plain means over test items: the kind of item and the column they average."""
 
 
 def runs(study: Study) -> pd.DataFrame:
@@ -41,9 +53,10 @@ def runs(study: Study) -> pd.DataFrame:
     layers; ``spearman_<task>`` and ``spearman_mean`` with ``_low`` and ``_high`` (95 %);
     ``making_seconds`` of the proxy; ``scoring_seconds`` of the pass over the pool (over its
     fidelity slice for a run until fidelity), ``seconds_per_1000`` examples, and ``speedup`` per
-    example against the run that scores with the target; ``loss_<task>`` held out, after fine-tuning, with ``_low``, ``_high`` and
-    ``_delta`` to the untouched target; ``overlap_<task>`` and ``overlap_mean``: share of the
-    target run's selection that this run selected too.
+    example against the run that scores with the target; ``loss_<task>`` held out, after
+    fine-tuning, with ``_low``, ``_high`` and ``_delta`` to the untouched target;
+    ``overlap_<task>`` and ``overlap_mean``: share of the target run's selection that this run
+    selected too.
     """
     return pd.DataFrame([_run_row(study, run) for run in study.runs])
 
@@ -218,8 +231,8 @@ def metric_names(evaluation: Artifact) -> list[str]:
 def _heldout_row(
     study: Study, run: str, group: str, task: str, metric: str, artifact: Artifact
 ) -> dict[str, Any]:
-    row = {"run": run, "group": group, "task": task, "metric": metric}
-    row |= metric_value(artifact, metric)
+    names = {"run": run, "group": group, "task": task, "metric": metric}
+    row: dict[str, Any] = {**names, **metric_value(artifact, metric)}
     base = study.base.get(task)
     if run == "base" or base is None:
         return row
@@ -231,12 +244,13 @@ def _heldout_row(
 
 
 def item_values(evaluation: Artifact, metric: str) -> pd.Series | None:
-    """Value of each test item of one metric (index: item), None if items do not carry it."""
-    items = evaluation.table("items.parquet")
-    column = {"accuracy": "correct"}.get(metric, metric)
-    if column not in items:
+    """Value of each test item of one metric (index: item); None if it is no mean over items."""
+    if metric not in ITEMS:
         return None
-    values: pd.Series = items.set_index("example_id")[column].astype(float).dropna()
+    kind, column = ITEMS[metric]
+    items = evaluation.table("items.parquet")
+    values: pd.Series = items[items["kind"] == kind].set_index("example_id")[column]
+    values = values.dropna().astype(float)
     return values if len(values) else None
 
 
@@ -267,7 +281,9 @@ def agreement(study: Study) -> pd.DataFrame:
         for i, first in enumerate(ranked):
             for second in ranked[i:]:
                 pair = ranks[[first.name, second.name]].dropna() if first is not second else ranks
-                value = float(pair[first.name].corr(pair[second.name])) if first is not second else 1.0
+                value = (
+                    float(pair[first.name].corr(pair[second.name])) if first is not second else 1.0
+                )
                 rows.append([task, first.name, second.name, value, len(pair)])
     return pd.DataFrame(rows, columns=["task", "run_a", "run_b", "spearman", "n"])
 
@@ -398,20 +414,31 @@ def evaluations_of(study: Study, members: Iterable[Run], task: str) -> list[Arti
 
 def question(study: Study) -> str:
     """What the study asked, in one sentence."""
-    pool, config = study.shared.get("pool"), study.config
-    n = f"{len(pool.table('pool.parquet')):,} examples" if pool else "examples"
-    share = config.get("select", {}).get("fraction")
-    which = f"Which {100 * share:g} % of the {n}" if share else f"Which of the {n}"
-    source = config.get("pool", {})
-    named = next((v for k in ("name", "path") if (v := source.get(k))), None)
-    named = named or next((v.get("name") or v.get("requirement") for k in ("hub", "package") if (v := source.get(k))), None)
-    of_pool = f" of {named}" if named else ""
-    model = config.get("target", {}).get("model", "the target")
+    n = pool_size(study)
+    share = study.config.get("select", {}).get("fraction")
+    which = f"Which {100 * share:g} % of" if share else "Which of"
+    examples = f"the {n:,} examples" if n else "the examples"
+    model = study.config.get("target", {}).get("model", "the target")
     ways = len(study.groups)
+    compared = f"{ways} ways of ranking the pool were compared."
+    if ways == 1:
+        compared = "One way of ranking the pool was tried."
     return (
-        f"{which}{of_pool} should {model} be fine-tuned on to do well at {listed(study.tasks)}? "
-        f"{ways} way{'s' if ways != 1 else ''} of ranking the pool {'were' if ways != 1 else 'was'} compared."
+        f"{which} {examples} of {pool_name(study)} should {model} be fine-tuned on "
+        f"to do well at {listed(study.tasks)}? {compared}"
     )
+
+
+def pool_name(study: Study) -> str:
+    """What the study file calls its pool."""
+    source = study.config.get("pool", {})
+    names = [
+        source.get("name"),
+        source.get("path"),
+        (source.get("hub") or {}).get("name"),
+        (source.get("package") or {}).get("requirement"),
+    ]
+    return next((str(name) for name in names if name), "the pool")
 
 
 def findings(study: Study) -> list[str]:
@@ -453,7 +480,9 @@ def _cost_finding(study: Study) -> str | None:
     timed = {r.name: s for r in study.drawn_once if not r.is_target and (s := speedup(study, r))}
     if not timed or study.target_run is None:
         return None
-    fastest = next(run for run in study.runs if run.name == max(timed, key=lambda name: timed[name]))
+    fastest = next(
+        run for run in study.runs if run.name == max(timed, key=lambda name: timed[name])
+    )
     own, whole = seconds_per_1000(study, fastest), seconds_per_1000(study, study.target_run)
     times = timed[fastest.name]
     text = (
@@ -476,7 +505,10 @@ def _loss_finding(study: Study, task: str) -> str | None:
     if not losses:
         return None
     best = min(losses, key=lambda group: losses[group])
-    text = f"{task}: lowest held-out loss after training on the selection of {best}, {number(losses[best])}"
+    text = (
+        f"{task}: lowest held-out loss after training on the selection of {best}, "
+        f"{number(losses[best])}"
+    )
     base = study.base.get(task)
     if base is not None:
         text += f" (untouched target {number(_mean_loss([base]))})"
@@ -494,22 +526,23 @@ def _against_chance(name: str, evaluations: list[Artifact], chance: list[Artifac
     if not chance:
         return "No random selection was trained on, so what choosing adds is not known."
     draws = [metric_value(evaluation, "loss")["value"] for evaluation in chance]
-    against = f"Against random ({'one draw' if len(draws) == 1 else f'mean of {len(draws)} draws'}, {number(float(np.mean(draws)))})"
+    count = "one draw" if len(draws) == 1 else f"mean of {len(draws)} draws"
+    against = f"Against random ({count}, {number(float(np.mean(draws)))})"
     difference = compare("loss", evaluations, chance)
     if difference is None:
-        return f"{against} no interval can be given: the test items carry no losses."
+        return f"{against} nothing can be said: the test items carry no losses."
     told = f"{against} the difference is {signed(difference.value)}"
-    if (ends := interval(difference.low, difference.high)):
+    if ends := interval(difference.low, difference.high):
         told += f" {ends} over {difference.n} items"
-    own = _mean_loss(evaluations)
-    inside_draws = len(draws) > 1 and min(draws) <= own <= max(draws)
     if not difference.beyond_noise:
         return f"{told}: within its interval, so not a difference this study can show."
-    if inside_draws:
-        return f"{told}, but single draws scatter from {number(min(draws))} to {number(max(draws))}, around {name}: luck of the draw explains it as well."
+    if len(draws) > 1 and min(draws) <= _mean_loss(evaluations) <= max(draws):
+        scatter = f"single draws scatter from {number(min(draws))} to {number(max(draws))}"
+        return f"{told}, but {scatter}, around {name}: luck of the draw explains it as well."
     word = "lower" if difference.value < 0 else "higher"
-    caution = "; with one draw, luck of the draw is not in the interval" if len(draws) == 1 else ", and outside the range of the draws"
-    return f"{told}: {word} than chance{caution}."
+    if len(draws) == 1:
+        return f"{told}: {word} than chance; with one draw, its luck is not in the interval."
+    return f"{told}: {word} than chance, and outside the range of the draws."
 
 
 def _mean_loss(evaluations: list[Artifact]) -> float:
@@ -517,20 +550,11 @@ def _mean_loss(evaluations: list[Artifact]) -> float:
 
 
 def summary(study: Study) -> str:
-    """The text printed when the workflow is done: question, short table, findings, where things are."""
-    table = headline(study)
-    header = ["run", "fidelity", "scoring", *(f"loss {task}" for task in study.tasks)]
-    if study.target_run is not None:
-        header.insert(3, "speed-up")
-    rows = []
-    for row in table.to_dict("records"):
-        cells = [str(row["run"]) + (f" (x{row['draws']:.0f})" if row["draws"] > 1 else "")]
-        cells.append(f"{number(row['fidelity'], 2)} {interval(row['fidelity_low'], row['fidelity_high'], 2)}".strip())
-        cells.append(duration(row["scoring_seconds"]))
-        if study.target_run is not None:
-            cells.append(f"{row['speedup']:.2f}x" if known(row["speedup"]) else MISSING)
-        cells += [f"{number(row[f'loss_{t}'])} {interval(row[f'loss_{t}_low'], row[f'loss_{t}_high'])}".strip() for t in study.tasks]
-        rows.append(cells)
+    """The text printed at the end: question, short table, findings, where the rankings are."""
+    with_target = study.target_run is not None
+    header = ["run", "fidelity", *(f"loss {task}" for task in study.tasks)]
+    header += ["scoring", "speed-up"] if with_target else ["scoring"]
+    rows = [_summary_row(study, row) for row in headline(study).to_dict("records")]
     where = [
         f"ranking of {run.name}: {place(run.artifacts['ranking'], 'ranking.parquet')}"
         for run in study.drawn_once
@@ -538,13 +562,31 @@ def summary(study: Study) -> str:
     ]
     parts = [
         f"Study {study.name}. {question(study)}",
-        text_table(header, rows),
+        text_table(header, [row[: len(header)] for row in rows]),
         "Fidelity: mean Spearman with the target. Loss: held out, after fine-tuning on the "
         "selection. [95 % interval, or range over draws]",
         "\n".join(findings(study)),
         "\n".join(where),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _summary_row(study: Study, row: Mapping[Hashable, Any]) -> list[str]:
+    """A row of the headline as text, its speed-up last."""
+    draws = f" (x{row['draws']:.0f})" if row["draws"] > 1 else ""
+    losses = [f"loss_{task}" for task in study.tasks]
+    return [
+        f"{row['run']}{draws}",
+        _with_interval(row, "fidelity", 2),
+        *(_with_interval(row, loss, 3) for loss in losses),
+        duration(row["scoring_seconds"]),
+        f"{row['speedup']:.2f}x" if known(row["speedup"]) else MISSING,
+    ]
+
+
+def _with_interval(row: Mapping[Hashable, Any], name: str, digits: int) -> str:
+    ends = interval(row[f"{name}_low"], row[f"{name}_high"], digits)
+    return f"{number(row[name], digits)} {ends}".rstrip()
 
 
 def place(artifact: Artifact, name: str) -> str:
@@ -559,5 +601,3 @@ def listed(words: list[str]) -> str:
 
 def _or_nan(value: float | None) -> float:
     return float("nan") if value is None else float(value)
-
-
