@@ -1,0 +1,73 @@
+"""The documented study file and the README agree with the schema."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from iprox.plan.plan import plan_study
+from iprox.study.load import flatten, load_study
+from iprox.study.schema import PoolSection, ReportSection, RunConfig, TargetSection
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "config" / "config.yaml"
+STUDIES = sorted((ROOT / "config").rglob("*.yaml"))
+
+
+def documented_defaults() -> dict[str, Any]:
+    """The demo's study file with every commented key in force and every active one out."""
+    lines = []
+    for line in CONFIG.read_text().splitlines():
+        commented = re.match(r"^(\s*)# ((?:  )?[a-z_]+:(?: .*)?)$", line)
+        if commented:
+            lines.append(commented[1] + commented[2])
+        elif re.match(r"^[a-z]+:\s*$", line):
+            lines.append(line)
+    return flatten({k: v for k, v in yaml.safe_load("\n".join(lines)).items() if v is not None})
+
+
+def schema_defaults() -> dict[str, Any]:
+    sections = {"target": TargetSection(), "pool": PoolSection(name="x"), "report": ReportSection()}
+    values = {name: section.model_dump() for name, section in sections.items()}
+    return flatten(values | RunConfig().model_dump())
+
+
+def test_commented_keys_show_the_defaults() -> None:
+    shown = documented_defaults()
+    defaults = schema_defaults()
+    for key, value in shown.items():
+        if key in ("data_dir", "shards"):
+            continue
+        assert defaults[key] == value, key
+
+
+def test_every_key_is_in_the_file() -> None:
+    active = flatten({k: v or {} for k, v in yaml.safe_load(CONFIG.read_text()).items()})
+    known = set(documented_defaults()) | set(active)
+    missing = {key for key in schema_defaults() if key not in known}
+    assert not missing
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.name)
+def test_every_study_file_plans(path: Path) -> None:
+    assert plan_study(load_study([path])).nodes
+
+
+def test_the_readmes_example_study_plans(tmp_path: Path) -> None:
+    example = re.search(r"```yaml\n(study: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert example
+    path = tmp_path / "my-study.yaml"
+    path.write_text(example[1])
+    plan = plan_study(load_study([path]))
+    assert list(plan.runs) == ["iprox-0.3", "iprox-0.5", "random-1", "random-2", "random-3"]
+
+
+def test_paths_in_the_readme_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"`((?:config|workflow|envs|src|tests)/[\w./-]+)`", text))
+    assert named
+    assert not {name for name in named if not (ROOT / name).exists()}
