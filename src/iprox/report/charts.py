@@ -179,21 +179,26 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]], size: f
     low, high = axes.get_ylim()
     wanted = [(y - low) / (high - low) * height for _, y, _, _ in ends]
     placed = spread_out(wanted, size * 1.25, 0, height)
-    right = axes.get_xlim()[1]
     for (x, y, name, colour), at in zip(ends, placed, strict=True):
         level = low + at / height * (high - low)
         axes.annotate(
             short(name),
-            (right, level),
-            (7, 0),
-            textcoords="offset points",
+            (x, y),
+            (1.05, level),
+            textcoords=("axes fraction", "data"),
             va="center",
             color=colour,
             fontsize=size,
             annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "lw": 0.6,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 2,
+            },
         )
-        if x < right or abs(level - y) > 0.02 * (high - low):
-            axes.plot([x, right], [y, level], color=colour, lw=0.6, alpha=0.6, clip_on=False)
 
 
 def spread_out(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

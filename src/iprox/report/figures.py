@@ -92,10 +92,13 @@ def _scatter(
     ]
     with drawing(name, title, 290, "mean Spearman with the target, 95 % interval") as canvas:
         axes = canvas.axes
-        for (x, y, _, colour), found in zip(points, measured.values(), strict=True):
+        span = max(x for x, *_ in points) or 1.0
+        for i, (found, (x, y, _, colour)) in enumerate(zip(measured.values(), points, strict=True)):
             if known(found["low"]) and known(found["high"]):
-                axes.plot([x, x], [found["low"], found["high"]], color=colour, lw=1.6)
-            axes.plot([x], [y], "o", color=colour, ms=7, mec=PAPER, mew=1)
+                # of intervals at one place the earlier are wider, so that all can be seen
+                above = sum(abs(x - other) < 0.01 * span for other, *_ in points[i + 1 :])
+                axes.plot([x, x], [found["low"], found["high"]], color=colour, lw=1.6 + 2.6 * above)
+            axes.plot([x], [y], "o", color=colour, ms=7, mec=PAPER, mew=1, zorder=3)
         reference = study.target_run
         if reference is not None and known(cost[reference.name]):
             x = float(cost[reference.name])
@@ -103,7 +106,9 @@ def _scatter(
             points.append((x, 1.0, f"{reference.name} (reference)", INK))
         axes.axhline(1, color=SOFT, lw=0.8, dashes=(3, 3))
         low = min([f["low"] for f in measured.values() if known(f["low"])] + [p[1] for p in points])
-        axes.set_ylim(min(low - 0.06, 0.9 * low), 1.12)
+        bottom = min(low - 0.06, 0.9 * low)
+        axes.set_ylim(bottom, 1 + 0.14 * (1 - bottom))
+        axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 1 + 1e-9])
         _cost_axis(axes, [p[0] for p in points])
         axes.set_xlabel(label, loc="left")
         label_points(axes, points, line=1)
@@ -172,11 +177,7 @@ def score_distributions(study: Study, task: str) -> Chart | None:
         axes.spines["left"].set_visible(False)
         axes.set_ylim(-0.05, len(scores))
         axes.set_xlim(edges[0], edges[-1])
-        unit = (
-            "score in standard deviations of the run"
-            if standardised
-            else "score (right of the line: selected)"
-        )
+        unit = "score in standard deviations of the run" if standardised else "score"
         axes.set_xlabel(unit, loc="left")
         axes.locator_params(axis="x", nbins=6)
     return canvas.chart
@@ -389,6 +390,7 @@ def _curves(
                 lw=1 if thin else 1.8,
                 marker="o" if len(log) < 3 else None,
                 ms=4,
+                clip_on=len(log) >= 3,
             )
             last = (float(log["step"].iloc[-1]), float(values.iloc[-1]))
             ends.setdefault(run.group, (*last, run.group, colour))
@@ -396,7 +398,7 @@ def _curves(
         left = min(float(log["step"].min()) for _, log in logs)
         canvas.axes.set_xlim(left if left < right else left - 1, right)
         canvas.axes.set_xlabel("optimizer step", loc="left")
-        _whole_numbers(canvas.axes)
+        _curve_ticks(canvas.axes)
         if len(logs) > 1 or name != "training-warmup":
             label_ends(canvas.axes, list(ends.values()))
     return canvas.chart
@@ -408,10 +410,12 @@ def _smoothed(losses: pd.Series) -> pd.Series:
     return losses if width < 2 else losses.rolling(width, center=True, min_periods=1).mean()
 
 
-def _whole_numbers(axes: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
+def _curve_ticks(axes: Any) -> None:
+    """Whole steps to the right; upwards numbers as they are, without a common factor."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.6g}"))
 
 
 ALIGNMENT = {
@@ -466,7 +470,7 @@ def _alignment_curves(
         right = max(float(log["step"].max()) for _, log in logs)
         axes.set_xlim(0, right or 1)
         axes.set_xlabel("alignment step (0: the start); ring: the step kept", loc="left")
-        _whole_numbers(axes)
+        _curve_ticks(axes)
         label_ends(axes, ends)
     return canvas.chart
 
@@ -499,9 +503,8 @@ def _layer_chart(run: str, part: pd.DataFrame) -> Chart:
             ends.append((float(last["depth"]), float(last["truncation_error"]), name, colour))
         left, right = float(part["depth"].min()), float(part["depth"].max())
         axes.set_xlim(left, right if right > left else left + 1)
-        axes.set_ylim(bottom=0)
         axes.set_xlabel("block", loc="left")
-        _whole_numbers(axes)
+        _curve_ticks(axes)
         label_ends(axes, ends, size=9.5)
     return canvas.chart
 
