@@ -60,7 +60,7 @@ _RC = {
     "figure.facecolor": PAPER,
     "axes.facecolor": PAPER,
     "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
+    "lines.solid_capstyle": "butt",
     "axes.unicode_minus": True,
     "text.parse_math": False,
 }
