@@ -43,7 +43,9 @@ def tiny_tokenizer() -> Any:
     return tokenizer
 
 
-def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+def tiny_model(
+    architecture: str = "llama", dtype: torch.dtype = torch.float64, **changes: Any
+) -> Any:
     """A random causal LM with 2 blocks, hidden size 32, grouped-query attention and a tied head."""
     import transformers
 
@@ -62,8 +64,14 @@ def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float64, 
         bos_token_id=None,
     )
     if architecture == "gemma3":
-        sizes |= dict(sliding_window=16, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"])
-    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3Text"}[architecture]
+        sizes |= dict(
+            sliding_window=16,
+            query_pre_attn_scalar=8,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3Text"}[
+        architecture
+    ]
     config = getattr(transformers, f"{name}Config")(**(sizes | changes))
     model_class = "Gemma3ForCausalLM" if architecture == "gemma3" else f"{name}ForCausalLM"
     config._attn_implementation = "eager"

@@ -43,11 +43,16 @@ def digest(name: str = "iprox.stages.one", script: Path | None = None) -> str:
 def test_docstrings_comments_and_formatting_do_not_count(project: Path) -> None:
     before = digest()
     path = project / "stages" / "one.py"
-    path.write_text('"""Other words."""\n# a comment\n\n' + path.read_text().split("\n", 1)[1].replace("    ", "        "))
+    path.write_text(
+        '"""Other words."""\n# a comment\n\n'
+        + path.read_text().split("\n", 1)[1].replace("    ", "        ")
+    )
     assert digest() == before
 
 
-@pytest.mark.parametrize("module", ["stages/one.py", "numerics/near.py", "numerics/far.py", "store/runner.py"])
+@pytest.mark.parametrize(
+    "module", ["stages/one.py", "numerics/near.py", "numerics/far.py", "store/runner.py"]
+)
 def test_logic_counts_wherever_it_is_imported_from(project: Path, module: str) -> None:
     before, other = digest(), digest("iprox.stages.two")
     path = project / module
@@ -82,3 +87,9 @@ def test_real_stages_do_not_reach_each_other() -> None:
     reached = code.reachable(("iprox.stages.factors",))
     assert "iprox.stages.pool" not in reached
     assert "iprox.numerics.ipsvd" in reached
+
+
+def test_a_page_beside_the_code_counts(project: Path) -> None:
+    before = digest()
+    (project / "stages" / "page.html").write_text("<p>")
+    assert digest() != before

@@ -12,8 +12,19 @@ SOURCE = Path(__file__).parents[1] / "src" / "iprox"
 # package -> packages of ours it may not import
 FORBIDDEN = {
     "numerics": {
-        "models", "engine", "data", "stages", "store", "plan", "study", "cli", "report",
-        "training", "evaluation", "progress", "logs",
+        "models",
+        "engine",
+        "data",
+        "stages",
+        "store",
+        "plan",
+        "study",
+        "cli",
+        "report",
+        "training",
+        "evaluation",
+        "progress",
+        "logs",
     },
     "models": {"stages", "plan", "cli", "report", "data", "engine"},
     "engine": {"stages", "plan", "cli", "report", "store"},

@@ -45,15 +45,23 @@ AFTER_RANKING = ["selection", "finetune", "evaluation"]
 CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "proxy.sparsity": ({"proxy": {"sparsity": 0.3}}, ["factors", "proxy", *AFTER_PROXY]),
     "proxy.gauge": ({"proxy": {"gauge": "paper"}}, ["factors", "proxy", *AFTER_PROXY]),
-    "proxy.damping": ({"proxy": {"damping": 0.2}}, ["decomposition", "factors", "proxy", *AFTER_PROXY]),
-    "probe.tokens": ({"probe": {"tokens": 64}}, ["probe", "decomposition", "factors", "proxy", *AFTER_PROXY]),
+    "proxy.damping": (
+        {"proxy": {"damping": 0.2}},
+        ["decomposition", "factors", "proxy", *AFTER_PROXY],
+    ),
+    "probe.tokens": (
+        {"probe": {"tokens": 64}},
+        ["probe", "decomposition", "factors", "proxy", *AFTER_PROXY],
+    ),
     "align.lr": ({"align": {"lr": 1e-4}}, ["proxy", *AFTER_PROXY]),
     "split.align": ({"split": {"align": 7}}, ["split", "proxy", *AFTER_PROXY]),
     "split.fidelity": (
-        {"split": {"fidelity": 10}}, ["split", "features", "fidelity"],
+        {"split": {"fidelity": 10}},
+        ["split", "features", "fidelity"],
     ),
     "influence.score": (
-        {"influence": {"score": "dot"}}, ["ranking", "fidelity", *AFTER_RANKING],
+        {"influence": {"score": "dot"}},
+        ["ranking", "fidelity", *AFTER_RANKING],
     ),
     "influence.val_agg": ({"influence": {"val_agg": "mean_unit"}}, AFTER_PROXY),
     "select.fraction": ({"select": {"fraction": 0.1}}, AFTER_RANKING),
@@ -69,7 +77,8 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["pool", "split", "warmup", "probe", "decomposition", "factors", "proxy", *AFTER_PROXY],
     ),
     "warmup.lr": (
-        {"warmup": {"lr": 1e-4}}, ["warmup", "probe", "decomposition", "factors", "proxy", *AFTER_PROXY],
+        {"warmup": {"lr": 1e-4}},
+        ["warmup", "probe", "decomposition", "factors", "proxy", *AFTER_PROXY],
     ),
     "target.dtype": (
         {"target": {"dtype": "bfloat16"}},

@@ -39,8 +39,12 @@ def request(tmp_path: Path, name: str = "x", code: str = "c0", **changes: Any) -
     params = changes.pop("params", {"section": {"k": 1}})
     spec = {"id": name, "params": params, "parents": {}, "stage": "toy"}
     base: dict[str, Any] = dict(
-        spec=spec, code=code, parents={}, folder=tmp_path / "results/toy" / name,
-        store=tmp_path / "results/.objects", data_dir=tmp_path,
+        spec=spec,
+        code=code,
+        parents={},
+        folder=tmp_path / "results/toy" / name,
+        store=tmp_path / "results/.objects",
+        data_dir=tmp_path,
     )
     return Request(**(base | changes))
 
@@ -96,7 +100,9 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda p: (p.chmod(0o644), os.truncate(p, 2))])
+@pytest.mark.parametrize(
+    "damage", [flip, Path.unlink, lambda p: (p.chmod(0o644), os.truncate(p, 2))]
+)
 def test_a_damaged_parent_is_found_before_it_is_used(tmp_path: Path, damage: Any) -> None:
     up = request(tmp_path, "up")
     run_stage(Stage(), up)
@@ -188,6 +194,7 @@ def shard_stage(job: Job) -> Metrics:
 def cut(tmp_path: Path, total: int) -> list[int]:
     pool = request(tmp_path, "pool")
     if not pool.folder.exists():
+
         def make(job: Job) -> Metrics:
             write_table(job.out / "pool.parquet", pd.DataFrame({"example_id": range(10)}))
             return {}

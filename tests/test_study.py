@@ -39,9 +39,14 @@ def test_later_sources_win() -> None:
 
 
 def test_a_list_is_a_grid_and_names_its_runs() -> None:
-    parsed = study(runs={"iprox": {"proxy": {"sparsity": [0.3, 0.5], "gauge": ["balanced", "paper"]}}})
+    parsed = study(
+        runs={"iprox": {"proxy": {"sparsity": [0.3, 0.5], "gauge": ["balanced", "paper"]}}}
+    )
     assert [r.name for r in parsed.runs] == [
-        "iprox-0.3-balanced", "iprox-0.3-paper", "iprox-0.5-balanced", "iprox-0.5-paper",
+        "iprox-0.3-balanced",
+        "iprox-0.3-paper",
+        "iprox-0.5-balanced",
+        "iprox-0.5-paper",
     ]
     assert parsed.runs[2].config.proxy.sparsity == 0.5
     assert parsed.runs[2].changed == {"proxy.sparsity": 0.5, "proxy.gauge": "balanced"}
@@ -56,7 +61,9 @@ def test_a_key_that_is_a_list_is_no_grid() -> None:
 def test_random_draws_are_runs_of_one_group() -> None:
     parsed = study(runs={"random": {"scorer": {"kind": "random", "draws": 3}}})
     assert [(r.name, r.group, r.draw) for r in parsed.runs] == [
-        ("random-1", "random", 0), ("random-2", "random", 1), ("random-3", "random", 2),
+        ("random-1", "random", 0),
+        ("random-2", "random", 1),
+        ("random-3", "random", 2),
     ]
 
 
@@ -79,11 +86,23 @@ BROKEN = {
     "two pools": ({"pool": {"name": "alpaca-demo"}}, "pool", "exactly one"),
     "run not a mapping": ({"runs": {"a": 3}}, "runs.a", "valid dictionary"),
     "run called base": ({"runs": {"base": {}}}, "may not be called base", ""),
-    "empty grid": ({"runs": {"g": {"proxy": {"sparsity": []}}}}, "a grid is empty", "proxy.sparsity"),
-    "grid value out of range": ({"runs": {"g": {"proxy": {"sparsity": [0.5, 2]}}}}, "runs.g.proxy.sparsity", ""),
+    "empty grid": (
+        {"runs": {"g": {"proxy": {"sparsity": []}}}},
+        "a grid is empty",
+        "proxy.sparsity",
+    ),
+    "grid value out of range": (
+        {"runs": {"g": {"proxy": {"sparsity": [0.5, 2]}}}},
+        "runs.g.proxy.sparsity",
+        "",
+    ),
     "hostile study name": ({"study": "../x"}, "study", "pattern"),
     "hostile run name": ({"runs": {"a/../b": {}}}, "runs", "pattern"),
-    "equal names": ({"runs": {"i": {"proxy": {"sparsity": [0.3]}}, "i-0.3": {}}}, "same name", "i-0.3"),
+    "equal names": (
+        {"runs": {"i": {"proxy": {"sparsity": [0.3]}}, "i-0.3": {}}},
+        "same name",
+        "i-0.3",
+    ),
 }
 
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
-
-import torch
 
 from iprox.store.manifest import check
 
@@ -40,7 +39,11 @@ def write_inputs(folder: Path, architecture: str = "llama", examples: int = 24) 
             file.write(json.dumps(row) + "\n")
     with (folder / "task.jsonl").open("w") as file:
         for i in range(8):
-            row = {"prompt": sentence(i + 40, 3), "response": sentence(i + 41, 2), "category": f"s{i % 2}"}
+            row = {
+                "prompt": sentence(i + 40, 3),
+                "response": sentence(i + 41, 2),
+                "category": f"s{i % 2}",
+            }
             file.write(json.dumps(row) + "\n")
 
 
@@ -49,7 +52,9 @@ def study(**changes: Any) -> dict[str, Any]:
         "study": "tiny",
         "target": {"model": "model", "attention": "eager"},
         "pool": {"path": "pool.jsonl"},
-        "tasks": [{"name": "own", "kind": "messages", "path": "task.jsonl", "queries": 4, "heldout": 2}],
+        "tasks": [
+            {"name": "own", "kind": "messages", "path": "task.jsonl", "queries": 4, "heldout": 2}
+        ],
         "chat": {"max_length": 64},
         "split": {"warmup": 4, "probe": 6, "align": 6, "fidelity": 1.0},
         "warmup": {"batch": 4},
@@ -73,7 +78,9 @@ def study(**changes: Any) -> dict[str, Any]:
 def snakemake(folder: Path, config: dict[str, Any], *args: str, check_ok: bool = True) -> str:
     """Run the workflow in ``folder`` and return what it printed."""
     (folder / "study.yaml").write_text(yaml.safe_dump(config))
-    done = subprocess.run(command(folder, *args), cwd=folder, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        command(folder, *args), cwd=folder, env=environment(), capture_output=True, text=True
+    )
     output = done.stdout + done.stderr
     if check_ok:
         assert done.returncode == 0, output[-6000:]
@@ -81,7 +88,15 @@ def snakemake(folder: Path, config: dict[str, Any], *args: str, check_ok: bool =
 
 
 def command(folder: Path, *args: str) -> list[str]:
-    base = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--configfile", "study.yaml"]
+    base = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "-s",
+        str(ROOT / "Snakefile"),
+        "--configfile",
+        "study.yaml",
+    ]
     return [*base, "--cores", "2", *args]
 
 
@@ -143,8 +158,23 @@ def test_the_study_ends_with_rankings_models_and_a_report(finished: Path) -> Non
 def test_every_artifact_is_as_its_manifest_says_and_explains_itself(finished: Path) -> None:
     manifests = sorted((finished / "results").glob("*/*/manifest.json"))
     assert {path.parent.parent.name for path in manifests} == {
-        "pool", "task", "target", "split", "warmup", "probe", "decomposition", "factors", "proxy",
-        "query", "features", "ranking", "fidelity", "selection", "finetune", "evaluation", "report",
+        "pool",
+        "task",
+        "target",
+        "split",
+        "warmup",
+        "probe",
+        "decomposition",
+        "factors",
+        "proxy",
+        "query",
+        "features",
+        "ranking",
+        "fidelity",
+        "selection",
+        "finetune",
+        "evaluation",
+        "report",
     }
     for path in manifests:
         check(path.parent)
@@ -165,7 +195,12 @@ def test_a_changed_parameter_reruns_what_depends_on_it_and_going_back_runs_nothi
     before = contents(finished)
     todo = jobs(snakemake(finished, changed, "-n"))
     assert {r for r in todo if r != "total"} == {
-        "selection", "finetune", "evaluation", "report_page", "study_index", "all",
+        "selection",
+        "finetune",
+        "evaluation",
+        "report_page",
+        "study_index",
+        "all",
     }
     assert contents(finished) == before
     todo = jobs(snakemake(finished, study(), "-n"))
@@ -196,8 +231,12 @@ def test_a_killed_workflow_ends_with_the_same_bytes(finished: Path, tmp_path: Pa
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(small))
     for seconds in (9.0, 15.0):
         process = subprocess.Popen(
-            command(tmp_path), cwd=tmp_path, env=environment(), start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            command(tmp_path),
+            cwd=tmp_path,
+            env=environment(),
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         time.sleep(seconds)
         os.killpg(process.pid, signal.SIGKILL)

@@ -119,6 +119,8 @@ rule study_index:
         runs=f"results/studies/{PLAN.name}/runs.parquet",
     log:
         f"results/logs/study_index/{PLAN.name}.log",
+    conda:
+        "../../envs/iprox.yaml"
     params:
         code=code_hash("iprox.plan.index", SCRIPTS / "study_index.py"),
         plan=PLAN.digest,

@@ -1,7 +1,5 @@
 """Rule study_index. Links from every run to its stages, the resolved study, a table of runs."""
 
-from pathlib import Path
-
 from iprox.logs import log_to
 from iprox.plan.index import write_index
 from iprox.plan.plan import plan_study

@@ -72,7 +72,11 @@ def linear_names_from_shapes(
     Raises:
         ModelError: As :func:`select`.
     """
-    names = [n.removesuffix(".weight") for n, s in shapes.items() if n.endswith(".weight") and len(s) == 2]
+    names = [
+        n.removesuffix(".weight")
+        for n, s in shapes.items()
+        if n.endswith(".weight") and len(s) == 2
+    ]
     return select(sorted(names, key=_natural), section)
 
 
@@ -116,6 +120,9 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
     """Sort key that puts block 2 before block 10 and, inside a block, q k v o gate up down."""
-    order = {n: i for i, n in enumerate("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())}
+    order = {
+        n: i
+        for i, n in enumerate("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
+    }
     parts = name.split(".")
     return [(0, int(p)) if p.isdigit() else (1, f"{order[p]}" if p in order else p) for p in parts]

@@ -97,5 +97,7 @@ def find_linear(model: nn.Module, name: str) -> nn.Linear:
             fix="use factors that were made from a model of the same architecture",
         ) from None
     if not isinstance(module, nn.Linear):
-        raise ModelError("not a linear layer", where=name, value=type(module).__name__, allowed="Linear")
+        raise ModelError(
+            "not a linear layer", where=name, value=type(module).__name__, allowed="Linear"
+        )
     return module

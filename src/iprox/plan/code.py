@@ -33,7 +33,9 @@ def code_hash(module: str, script: Path | None = None) -> str:
     Returns:
         12 hex digits.
     """
-    parts = sorted((name, _tree(name)) for name in reachable((module, *SHARED)))
+    modules = reachable((module, *SHARED))
+    parts = sorted((name, _tree(name)) for name in modules)
+    parts += [(path.name, path.read_text(encoding="utf-8")) for path in _templates(modules)]
     if script is not None:
         parts.append(("script", ast.dump(_strip(ast.parse(script.read_text(encoding="utf-8"))))))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
@@ -61,6 +63,12 @@ def _file(module: str) -> Path | None:
         if path.is_file():
             return path
     return None
+
+
+def _templates(modules: set[str]) -> list[Path]:
+    """Pages, styles and page scripts that lie beside the modules."""
+    folders = {path.parent for path in map(_file, modules) if path is not None}
+    return sorted(p for f in folders for p in f.iterdir() if p.suffix in (".html", ".css", ".js"))
 
 
 @cache

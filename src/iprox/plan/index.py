@@ -90,7 +90,12 @@ def _queries(nodes: dict[str, Node]) -> dict[str, Node]:
 
 
 def _old_links(folder: Path) -> list[Path]:
-    return [Path(p) / n for p, dirs, names in os.walk(folder) for n in (*dirs, *names) if (Path(p) / n).is_symlink()]
+    return [
+        Path(p) / n
+        for p, dirs, names in os.walk(folder)
+        for n in (*dirs, *names)
+        if (Path(p) / n).is_symlink()
+    ]
 
 
 def _symlink(link: Path, target: str) -> None:

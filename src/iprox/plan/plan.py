@@ -98,7 +98,9 @@ class Plan:
         except KeyError:
             have = [i for s, i in self.nodes if s == stage]
             raise ConfigError(
-                f"this study has no {stage} with that id", where=f"results/{stage}/{id}", value=id,
+                f"this study has no {stage} with that id",
+                where=f"results/{stage}/{id}",
+                value=id,
                 allowed=did_you_mean(id, have) or f"no {stage} at all",
                 fix="iprox plan CONFIG lists all ids of a study",
             ) from None
@@ -152,7 +154,9 @@ def plan_study(study: Study) -> Plan:
     for run in study.runs:
         plan.runs[run.name] = RunPlan(run, _RunPlanner(plan, run).nodes())
     if any(r.config.evaluate.enabled and r.config.until == "evaluation" for r in study.runs):
-        first = next(r for r in study.runs if r.config.evaluate.enabled and r.config.until == "evaluation")
+        first = next(
+            r for r in study.runs if r.config.evaluate.enabled and r.config.until == "evaluation"
+        )
         planner = _RunPlanner(plan, first)
         for task in config.tasks:
             plan.shared[f"base/evaluation-{task.name}"] = planner.evaluation(target, task)
@@ -358,7 +362,11 @@ class _RunPlanner:
             "scorer": {"kind": "random", "seed": scorer.seed + self.run.draw},
             "tasks": [task.name for task in self.tasks],
         }
-        return {"ranking": self.plan.add("ranking", f"random-{params['scorer']['seed']}", params, {"pool": self.pool})}
+        return {
+            "ranking": self.plan.add(
+                "ranking", f"random-{params['scorer']['seed']}", params, {"pool": self.pool}
+            )
+        }
 
     def _outcome(self, selection: Node, per_task: bool) -> dict[str, Node]:
         """Fine-tuning on the selection of each task, and the evaluation of what comes out.
@@ -387,7 +395,10 @@ class _RunPlanner:
             "subset": {"task": subset},
         }
         return self.plan.add(
-            "finetune", f"{_readable(selection)}-{subset}", params, {"model": start, "selection": selection}
+            "finetune",
+            f"{_readable(selection)}-{subset}",
+            params,
+            {"model": start, "selection": selection},
         )
 
     def evaluation(self, model: Node, task: TaskSection) -> Node:

@@ -39,13 +39,18 @@ def locate(path: str, data_dir: Path, key: str = "") -> Path:
     found = (root / path).resolve()
     if Path(path).is_absolute() or ".." in Path(path).parts or not found.is_relative_to(root):
         raise DataError(
-            "a path leaves the data folder", where=key or None, value=path,
+            "a path leaves the data folder",
+            where=key or None,
+            value=path,
             allowed="a path inside the data folder, without ..",
             fix="set data_dir to a folder that holds the file, and give the path relative to it",
         )
     if not found.exists():
         raise DataError(
-            "no such file or folder", where=key or None, value=path, allowed=f"a path below {root}",
+            "no such file or folder",
+            where=key or None,
+            value=path,
+            allowed=f"a path below {root}",
             fix="correct the path, or name its folder: --config data_dir=FOLDER",
         )
     return found
@@ -67,5 +72,3 @@ def raw_input_digests(params: Mapping[str, Any], data_dir: Path) -> dict[str, st
     root = data_dir.resolve()
     files = raw_input_files(params, data_dir)
     return {p.relative_to(root).as_posix(): digest_file(p) for p in files}
-
-

@@ -42,6 +42,6 @@ class Job:
         return cls.model_validate(self.params[name])
 
     def roles(self, prefix: str) -> dict[str, Path]:
-        """Parents whose role starts with ``prefix/``, by the rest of the role: one per task, say."""
+        """Parents whose role starts with ``prefix/``, by the rest of it: one per task, say."""
         start = f"{prefix}/"
         return {r[len(start) :]: p for r, p in sorted(self.parents.items()) if r.startswith(start)}

@@ -111,7 +111,9 @@ def read_manifest(path: Path) -> Manifest:
             fix="run the target that makes it again; nothing without a manifest is used",
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError("a manifest cannot be read", where=path, value=str(error), fix=REMAKE) from None
+        raise ArtifactError(
+            "a manifest cannot be read", where=path, value=str(error), fix=REMAKE
+        ) from None
     if manifest.content != content:
         raise ArtifactError(
             "a manifest contradicts itself: its content digest is not that of its files",

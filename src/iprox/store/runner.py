@@ -143,9 +143,7 @@ def run_stage(make: Make, request: Request) -> Path:
     return _place(kept, request)
 
 
-def _make(
-    make: Make, request: Request, rows: tuple[int, int] | None, kept: Path
-) -> None:
+def _make(make: Make, request: Request, rows: tuple[int, int] | None, kept: Path) -> None:
     """Run the stage in a scratch folder and rename the result to its key."""
     kept.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".tmp-{kept.name[:12]}-", dir=kept.parent))
@@ -296,7 +294,9 @@ def gather(folder: Path, shards: list[Path], spec: Mapping[str, Any]) -> None:
     for path in sorted(folder.glob("shard-*")):
         if path.name.split(".")[0] not in keep:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    made = [json.loads(p.with_name(p.name.replace(MANIFEST, PROVENANCE)).read_text()) for p in shards]
+    made = [
+        json.loads(p.with_name(p.name.replace(MANIFEST, PROVENANCE)).read_text()) for p in shards
+    ]
     _write(folder / PROVENANCE, dump_json(_joined(made)))
     _write(folder / SPEC, dump_json(dict(spec)))
     _write(folder / MANIFEST, manifest.to_json())

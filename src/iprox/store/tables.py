@@ -25,7 +25,9 @@ def write_table(
         table: A data frame (its index is not written) or an Arrow table.
         metadata: JSON-able settings the table was made with.
     """
-    arrow = table if isinstance(table, pa.Table) else pa.Table.from_pandas(table, preserve_index=False)
+    arrow = (
+        table if isinstance(table, pa.Table) else pa.Table.from_pandas(table, preserve_index=False)
+    )
     plain = {k: v for k, v in (arrow.schema.metadata or {}).items() if k != b"pandas"}
     if metadata is not None:
         plain[_KEY] = json.dumps(metadata, sort_keys=True, allow_nan=False).encode()

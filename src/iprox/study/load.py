@@ -102,12 +102,15 @@ def parse_study(raw: Mapping[str, Any], files: Iterable[Path] = ()) -> Study:
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise ConfigError(
-            "two runs have the same name", where=_place(("runs",), files), value=twice[0],
+            "two runs have the same name",
+            where=_place(("runs",), files),
+            value=twice[0],
             fix="rename one; a grid value is appended to the name, for example iprox-0.5",
         )
     if "base" in names:
         raise ConfigError(
-            "a run may not be called base", where=_place(("runs", "base"), files),
+            "a run may not be called base",
+            where=_place(("runs", "base"), files),
             fix="base is the untouched target in every table; choose another name",
         )
     return Study(config, runs, files)
@@ -127,11 +130,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else path
         raise ConfigError(
-            "a study file is not valid YAML", where=where, value=getattr(error, "problem", str(error)),
+            "a study file is not valid YAML",
+            where=where,
+            value=getattr(error, "problem", str(error)),
             fix="check indentation, quotes and brackets on this line",
         ) from None
     if not isinstance(content, dict):
-        raise ConfigError("a study file is not a mapping", where=path, value=content, allowed="key: value lines")
+        raise ConfigError(
+            "a study file is not a mapping", where=path, value=content, allowed="key: value lines"
+        )
     return content
 
 
@@ -159,7 +166,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _preset(name: Any, where: str, files: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(
-            "unknown preset", where=_place(tuple(where.split(".")), files), value=name,
+            "unknown preset",
+            where=_place(tuple(where.split(".")), files),
+            value=name,
             allowed=did_you_mean(str(name), PRESETS),
         )
     return PRESETS[name]
@@ -174,9 +183,11 @@ def _tasks(raw: Any, files: tuple[Path, ...]) -> Any:
         if isinstance(task, str):
             if task not in KNOWN_TASKS:
                 raise ConfigError(
-                    "unknown task", where=_place(("tasks", i), files), value=task,
+                    "unknown task",
+                    where=_place(("tasks", i), files),
+                    value=task,
                     allowed=did_you_mean(task, KNOWN_TASKS),
-                    fix="describe your own task as a mapping: {name: ..., kind: messages, path: ...}",
+                    fix="describe your own task: {name: ..., kind: messages, path: ...}",
                 )
             task = KNOWN_TASKS[task]
         elif isinstance(task, dict) and task.get("name") in KNOWN_TASKS:
@@ -236,7 +247,9 @@ def _axes(
             yield from _axes(value, kind, (*path, key))
         elif isinstance(value, list) and typing.get_origin(kind) is not list:
             if not value:
-                raise ConfigError("a grid is empty", where=".".join((*path, key)), fix="list at least one value")
+                raise ConfigError(
+                    "a grid is empty", where=".".join((*path, key)), fix="list at least one value"
+                )
             yield (*path, key), value
 
 
@@ -267,7 +280,9 @@ def _validate(
     except ValidationError as error:
         problems = error.errors(include_url=False)
         first = problems[0]
-        path = tuple(p for p in first["loc"] if not str(p).startswith(("function-", "constrained-")))
+        path = tuple(
+            p for p in first["loc"] if not str(p).startswith(("function-", "constrained-"))
+        )
         inherited = under is not None and path and path[0] not in under
         full = path if inherited else (*prefix, *path)
         key = ".".join(map(str, full))
@@ -301,7 +316,9 @@ def _keys_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
             continue
         info = current.model_fields.get(str(part))
         kinds = [info.annotation, *typing.get_args(info.annotation)] if info else []
-        current = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), current)
+        current = next(
+            (k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), current
+        )
     return sorted(getattr(current, "model_fields", {}))
 
 
@@ -329,7 +346,9 @@ def _find_line(file: Path, path: tuple[Any, ...]) -> tuple[int, int]:
             for key_node, value_node in node.value:
                 if key_node.value == str(part):
                     child, line = value_node, key_node.start_mark.line + 1
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        elif (
+            isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value)
+        ):
             child = node.value[part]
             line = child.start_mark.line + 1
         if child is None:

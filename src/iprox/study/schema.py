@@ -25,7 +25,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values cannot be changed after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class Hub(Section):
@@ -81,7 +83,9 @@ class PoolSection(Section):
         "auto", description="Shape of a record; auto detects it and says what it found."
     )
     limit: int | None = Field(
-        None, gt=0, description="Keep a seeded random sample of this many examples; all when absent."
+        None,
+        gt=0,
+        description="Keep a seeded random sample of this many examples; all when absent.",
     )
     max_chars: int | None = Field(
         None, gt=0, description="Leave out longer examples (all turns together); counted."
@@ -116,10 +120,13 @@ class TaskSection(Section):
     )
     prompts: str | None = Field(None, description="bbh only: JSON file of 3-shot prompts by task.")
     test: str | None = Field(
-        None, description="File of test items below data_dir; absent: held-out development examples."
+        None,
+        description="File of test items below data_dir; absent: held-out development examples.",
     )
     queries: int | None = Field(
-        None, gt=0, description="Use this many queries (seeded, spread over subtasks); all if absent."
+        None,
+        gt=0,
+        description="Use this many queries (seeded, spread over subtasks); all if absent.",
     )
     heldout: int = Field(
         0, ge=0, description="Development examples held out of the queries to measure loss on."
@@ -128,7 +135,9 @@ class TaskSection(Section):
         None, gt=0, description="Use this many test items (seeded, spread over subtasks)."
     )
     shots: int | None = Field(
-        None, ge=0, description="Worked examples in each query's prompt; the task's standard if absent."
+        None,
+        ge=0,
+        description="Worked examples in each query's prompt; the task's standard if absent.",
     )
     seed: int = Field(0, description="Seed of all draws of this task.")
 
@@ -140,7 +149,9 @@ class ChatSection(Section):
         "tokenizer", description="The tokenizer's own chat template, or the Tulu tags LESS uses."
     )
     max_length: int = Field(
-        2048, ge=8, description="Tokens per example; longer ones are cut from the right and counted."
+        2048,
+        ge=8,
+        description="Tokens per example; longer ones are cut from the right and counted.",
     )
 
 
@@ -150,18 +161,24 @@ class SplitSection(Section):
     warmup: Size = Field(0.05, description="Examples the warm-up trains on.")
     probe: Size = Field(64, description="Examples whose tokens probe the layers.")
     align: Size = Field(128, description="Examples of the alignment, disjoint from the probe's.")
-    fidelity: Size = Field(256, description="Slice of the pool on which proxy and target are compared.")
+    fidelity: Size = Field(
+        256, description="Slice of the pool on which proxy and target are compared."
+    )
     seed: int = Field(0, description="Seed of all splits; each split is an independent draw.")
 
 
 class WarmupSection(Section):
     """Short fine-tuning that yields the checkpoint influence is measured at."""
 
-    epochs: float = Field(1.0, ge=0, description="Passes over the warm-up examples; 0 skips training.")
+    epochs: float = Field(
+        1.0, ge=0, description="Passes over the warm-up examples; 0 skips training."
+    )
     lr: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(1e-2, ge=0, description="Weight decay.")
     batch: int = Field(32, gt=0, description="Sequences per optimizer step.")
-    lr_warmup: float = Field(0.03, ge=0, lt=1, description="Share of steps with rising learning rate.")
+    lr_warmup: float = Field(
+        0.03, ge=0, lt=1, description="Share of steps with rising learning rate."
+    )
     freeze_embed_head: bool = Field(True, description="Keep token embedding and head fixed.")
     seed: int = Field(0, description="Seed of the order of examples.")
 
@@ -175,7 +192,8 @@ class ProbeSection(Section):
         "128, between 512 and 2048.",
     )
     positions: Literal["all", "supervised"] = Field(
-        "all", description="Draw from all positions that feed a prediction, or supervised ones only."
+        "all",
+        description="Draw from all positions that feed a prediction, or supervised ones only.",
     )
     labels: Literal["response", "all"] = Field(
         "response", description="Loss over response tokens, or over all tokens (reference code)."
@@ -203,18 +221,19 @@ class ProxySection(Section):
     )
     rank_multiple: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto",
-        description="Ranks are rounded up to a multiple of this; auto: 128, 32, 8 or 1 by layer size.",
+        description="Ranks are rounded up to a multiple of this; auto: 128, 32, 8 or 1 by size.",
     )
     rank_rounding: Literal["ceil", "round_ceil"] = Field(
         "ceil", description="round_ceil rounds to an integer first, as the reference code does."
     )
     dense_rule: Literal["parameters", "min_dim"] = Field(
         "parameters",
-        description="Keep a layer dense when factors would not save parameters, or (reference code) "
-        "only when the rank reaches min(out, in).",
+        description="Keep a layer dense when factors would not save parameters, or (reference "
+        "code) only when the rank reaches min(out, in).",
     )
     mode: Literal["exact", "paper"] = Field(
-        "exact", description="Exact damped solution, or the paper's approximation on the probe spans."
+        "exact",
+        description="Exact damped solution, or the paper's approximation on the probe spans.",
     )
     damping_mode: Literal["relative", "absolute"] = Field(
         "relative", description="Damping as a share of the mean eigenvalue, or as a number."
@@ -232,31 +251,44 @@ class ProxySection(Section):
 class AlignSection(Section):
     """Training of the factors until the proxy's gradients match the target's."""
 
-    epochs: float = Field(5.0, ge=0, description="Passes over the align examples; 0 skips alignment.")
+    epochs: float = Field(
+        5.0, ge=0, description="Passes over the align examples; 0 skips alignment."
+    )
     lr: float = Field(5e-5, gt=0, description="Learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay.")
     batch: int = Field(4, gt=0, description="Sequences per step.")
     lambda_kl: float = Field(0.1, ge=0, description="Weight of the anchor to the target's logits.")
     tau: float = Field(1.0, gt=0, description="Temperature of the anchor.")
-    kl_positions: Literal["supervised", "all"] = Field("supervised", description="Positions anchored.")
+    kl_positions: Literal["supervised", "all"] = Field(
+        "supervised", description="Positions anchored."
+    )
     distance_weight: float = Field(
-        1.0, gt=0, description="Factor on the sum of both distances per layer (reference code: 0.5)."
+        1.0,
+        gt=0,
+        description="Factor on the sum of both distances per layer (reference code: 0.5).",
     )
     grad: Literal["exact", "stop_projection"] = Field(
-        "exact", description="Differentiate through the factors inside the projected target gradient."
+        "exact",
+        description="Differentiate through the factors inside the projected target gradient.",
     )
     hvp: Literal["double_backward", "jvp", "central_diff"] = Field(
         "double_backward", description="How the Hessian-vector product is computed."
     )
     clip: float = Field(1.0, gt=0, description="Gradient norm limit.")
-    lr_warmup: float = Field(0.03, ge=0, lt=1, description="Share of steps with rising learning rate.")
-    heldout: Fraction = Field(0.1, description="Share of the align examples held out to choose a step.")
+    lr_warmup: float = Field(
+        0.03, ge=0, lt=1, description="Share of steps with rising learning rate."
+    )
+    heldout: Fraction = Field(
+        0.1, description="Share of the align examples held out to choose a step."
+    )
     select_by: Literal["fidelity", "objective", "last"] = Field(
         "fidelity",
-        description="Keep the step (the start included) with the best held-out agreement of example "
-        "gradients, the lowest held-out objective, or the last step.",
+        description="Keep the step (the start included) with the best held-out agreement of "
+        "example gradients, the lowest held-out objective, or the last step.",
     )
-    evaluate_every: int = Field(0, ge=0, description="Steps between held-out evaluations; 0: once an epoch.")
+    evaluate_every: int = Field(
+        0, ge=0, description="Steps between held-out evaluations; 0: once an epoch."
+    )
     rebalance: bool = Field(True, description="Return to the balanced gauge after each epoch.")
     seed: int = Field(0, description="Seed of the order of examples and of the held-out share.")
 
@@ -272,7 +304,9 @@ class InfluenceSection(Section):
         description="Average query gradients as they are, as unit vectors, or inside each subtask "
         "with the maximum taken over subtasks.",
     )
-    score: Literal["cosine", "dot"] = Field("cosine", description="Cosine, or the plain dot product.")
+    score: Literal["cosine", "dot"] = Field(
+        "cosine", description="Cosine, or the plain dot product."
+    )
     estimator: Literal["tracin"] = Field(
         "tracin", description="What is done to the query gradient before scoring; tracin: nothing."
     )
@@ -284,7 +318,9 @@ class ScorerSection(Section):
     kind: Literal["gradient", "random"] = Field(
         "gradient", description="Gradient influence through the proxy, or random order."
     )
-    draws: int = Field(1, ge=1, le=1000, description="random: number of independent draws, a run each.")
+    draws: int = Field(
+        1, ge=1, le=1000, description="random: number of independent draws, a run each."
+    )
     seed: int = Field(0, description="random: seed of the first draw.")
 
 
@@ -293,9 +329,13 @@ class FidelitySection(Section):
 
     enabled: bool = Field(True, description="Measure fidelity of every proxy.")
     top: list[Fraction] = Field(
-        default=[0.05, 0.1, 0.2], min_length=1, description="Shares at which top-k overlap is taken."
+        default=[0.05, 0.1, 0.2],
+        min_length=1,
+        description="Shares at which top-k overlap is taken.",
     )
-    bootstrap: int = Field(1000, ge=0, description="Resamples of the 95 % intervals; 0: no intervals.")
+    bootstrap: int = Field(
+        1000, ge=0, description="Resamples of the 95 % intervals; 0: no intervals."
+    )
     seed: int = Field(0, description="Seed of the resamples.")
 
 
@@ -313,8 +353,12 @@ class FinetuneSection(Section):
     lr: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay.")
     batch: int = Field(32, gt=0, description="Sequences per optimizer step.")
-    lr_warmup: float = Field(0.03, ge=0, lt=1, description="Share of steps with rising learning rate.")
-    init: Literal["base", "warmed"] = Field("base", description="Start from the target or its warm-up.")
+    lr_warmup: float = Field(
+        0.03, ge=0, lt=1, description="Share of steps with rising learning rate."
+    )
+    init: Literal["base", "warmed"] = Field(
+        "base", description="Start from the target or its warm-up."
+    )
     freeze_embed_head: bool = Field(False, description="Keep token embedding and head fixed.")
     seed: int = Field(0, description="Seed of the order of examples.")
 
@@ -324,7 +368,9 @@ class EvaluateSection(Section):
 
     enabled: bool = Field(True, description="Evaluate the base and every fine-tuned model.")
     accuracy: bool = Field(True, description="Likelihood accuracy where the task has choices.")
-    bootstrap: int = Field(1000, ge=0, description="Resamples of the 95 % intervals; 0: no intervals.")
+    bootstrap: int = Field(
+        1000, ge=0, description="Resamples of the 95 % intervals; 0: no intervals."
+    )
     seed: int = Field(0, description="Seed of the resamples.")
 
 
@@ -339,7 +385,7 @@ class RunConfig(Section):
 
     preset: Literal["default", "paper", "reference"] = Field(
         "default",
-        description="Starting values: this project's choices, the paper's text, or the paper's code.",
+        description="Starting values: this project's choices, the paper's text, or its code.",
     )
     until: Literal["fidelity", "ranking", "selection", "evaluation"] = Field(
         "evaluation", description="Last stage this run goes to."
@@ -363,7 +409,8 @@ class StudyConfig(RunConfig):
 
     study: Name = Field(description="The study's name: results land in results/studies/<study>.")
     data_dir: str | None = Field(
-        None, description="Folder that paths are relative to; the folder Snakemake runs in if absent."
+        None,
+        description="Folder that paths are relative to; the folder Snakemake runs in if absent.",
     )
     target: TargetSection = TargetSection()
     pool: PoolSection = Field(description="The candidate pool.")
@@ -373,5 +420,6 @@ class StudyConfig(RunConfig):
     )
     report: ReportSection = ReportSection()
     runs: dict[Name, dict[str, Any]] = Field(
-        min_length=1, description="Named overrides of the sections above; a list of values is a grid."
+        min_length=1,
+        description="Named overrides of the sections above; a list of values is a grid.",
     )
