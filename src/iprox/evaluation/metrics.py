@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
+import pandas as pd
 
 Interval = dict[str, float | int | None]
 """``value``, ``low`` and ``high`` (95 % interval, None without one), and ``n``."""
-
-Floats = npt.NDArray[np.float64]
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -70,47 +68,34 @@ def micro(values: Sequence[float], resamples: int, seed: int) -> Interval:
         values: One value per item.
         resamples: Bootstrap draws; 0 for no interval.
         seed: Seed of the draws: the same items are drawn for every model.
+
+    Raises:
+        ValueError: There are no items.
     """
     data = np.asarray(values, dtype=np.float64)
-    return _interval(len(data), lambda rows: data[rows].mean(), len(data), resamples, seed)
+    n = len(data)
+    if n == 0:
+        raise ValueError("a mean needs at least one item")
+    low: float | None = None
+    high: float | None = None
+    if resamples:
+        draw = np.random.default_rng(seed)
+        means = [data[draw.integers(0, n, n)].mean() for _ in range(resamples)]
+        low, high = (float(end) for end in np.quantile(means, [0.025, 0.975]))
+    return {"value": float(data.mean()), "low": low, "high": high, "n": n}
 
 
 def macro(values: Sequence[float], groups: Sequence[str], resamples: int, seed: int) -> Interval:
-    """Mean over groups of the mean over their items; ``n`` counts groups.
-
-    Items are drawn, as for :func:`micro`; a group that a draw misses does not count in it.
+    """Mean over groups of the mean over their items; the interval draws groups.
 
     Args:
         values: One value per item.
         groups: The group (subject, language) of each item.
         resamples: Bootstrap draws; 0 for no interval.
         seed: Seed of the draws.
+
+    Raises:
+        ValueError: There are no items.
     """
-    data = np.asarray(values, dtype=np.float64)
-    names, owner = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-
-    def mean_of_means(rows: npt.NDArray[np.intp]) -> float:
-        counts = np.bincount(owner[rows], minlength=len(names))
-        sums = np.bincount(owner[rows], weights=data[rows], minlength=len(names))
-        return float((sums[counts > 0] / counts[counts > 0]).mean())
-
-    return _interval(len(data), mean_of_means, len(names), resamples, seed)
-
-
-def _interval(
-    n_items: int,
-    statistic: Callable[[npt.NDArray[np.intp]], float],
-    n: int,
-    resamples: int,
-    seed: int,
-) -> Interval:
-    """A statistic of all items, and between which values 95 % of its resamples lie."""
-    if n_items == 0:
-        raise ValueError("a mean needs at least one item")
-    value = float(statistic(np.arange(n_items)))
-    if resamples == 0:
-        return {"value": value, "low": None, "high": None, "n": n}
-    draw = np.random.default_rng(seed)
-    drawn = [statistic(draw.integers(0, n_items, n_items)) for _ in range(resamples)]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return {"value": value, "low": float(low), "high": float(high), "n": n}
+    means = pd.Series(values, dtype=np.float64).groupby(list(groups), sort=True).mean()
+    return micro(means.tolist(), resamples, seed)

@@ -139,7 +139,7 @@ def make(job: Job) -> Metrics:
     counts = _counts(prepared)
     text = json.dumps({**summary, **counts}, indent=1, sort_keys=True, allow_nan=False)
     (job.out / "metrics.json").write_text(text + "\n", encoding="utf-8")
-    tokens = sum(r["n_tokens"] for r in results)
+    tokens = _tokens_seen(prepared, results)
     parameters = sum(p.numel() for p in model.parameters())
     return {**counts, "tokens": tokens, "flops": float(2 * parameters * tokens)}
 
@@ -263,6 +263,7 @@ def evaluate(lm: Any, prepared: Sequence[Prepared], task_kind: str) -> list[Row]
             texts = generations(lm, contexts, how.stop, how.max_new_tokens, progress.advance)
             for i, text in zip(asked, texts, strict=True):
                 rows[i] |= _judge_generation(prepared[i], text, how)
+                rows[i]["n_tokens"] += len(completion_ids(text, lm.tokenizer))
     return rows
 
 
@@ -323,6 +324,17 @@ def _judge_generation(item: Prepared, text: str, how: Generation) -> Row:
         "correct": how.matches(prediction, answers),
         "f1": how.f1(prediction, answers) if how.f1 else None,
     }
+
+
+def _tokens_seen(prepared: Sequence[Prepared], results: Sequence[Row]) -> int:
+    """Tokens the model read or wrote; contexts that several requests share count once."""
+    contexts = {
+        tuple(request.context + request.continuation[:-1])
+        for item in prepared
+        for request in item.requests
+    }
+    generated = [int(r["n_tokens"]) for r in results if r.get("generation") is not None]
+    return sum(map(len, contexts)) + sum(generated)
 
 
 def _counts(prepared: Sequence[Prepared]) -> dict[str, int]:
