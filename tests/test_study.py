@@ -82,6 +82,11 @@ BROKEN = {
     "unknown preset": ({"preset": "papr"}, "unknown preset", "paper?"),
     "unknown task": ({"tasks": ["mmul"]}, "unknown task", "mmlu?"),
     "task twice": ({"tasks": ["mmlu", "mmlu"]}, "two tasks have the same name", "mmlu"),
+    "task called all": (
+        {"tasks": [{"name": "all", "kind": "messages", "path": "t.jsonl"}]},
+        "may not be called all",
+        "",
+    ),
     "no tasks": ({"tasks": []}, "tasks", "at least 1"),
     "two pools": ({"pool": {"name": "alpaca-demo"}}, "pool", "exactly one"),
     "run not a mapping": ({"runs": {"a": 3}}, "runs.a", "valid dictionary"),

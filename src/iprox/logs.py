@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from iprox.errors import IproxError
+from iprox.progress import lines_only
 
 
 @contextmanager
@@ -27,8 +28,11 @@ def log_to(path: str | Path, label: str = "") -> Iterator[None]:
     to_file = logging.FileHandler(file, mode="w", encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_terminal = logging.StreamHandler(sys.stderr)
-    to_terminal.setFormatter(logging.Formatter(f"  {label}: %(message)s" if label else "%(message)s"))
+    to_terminal.setFormatter(
+        logging.Formatter(f"  {label}: %(message)s" if label else "%(message)s")
+    )
     to_terminal.addFilter(lambda record: record.name.startswith("iprox"))
+    lines_only()
     root = logging.getLogger()
     root.handlers[:] = [to_file, to_terminal]
     root.setLevel(logging.INFO)

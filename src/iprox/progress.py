@@ -13,6 +13,14 @@ log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 15.0
 
+_bars = True
+
+
+def lines_only() -> None:
+    """Draw no bars in this process: several jobs share a terminal, and bars would mix."""
+    global _bars
+    _bars = False
+
 
 class Track:
     """Counts units of work and shows rate and time left.
@@ -29,13 +37,18 @@ class Track:
         self.total, self.unit, self.label = total, unit, label
         self.done, self.tokens = 0, 0
         self._start = self._last = time.monotonic()
-        self._bar = tqdm(total=total, unit=f" {unit}", desc=label, disable=not sys.stderr.isatty())
+        self._bar = tqdm(
+            total=total, unit=f" {unit}", desc=label, disable=not (_bars and sys.stderr.isatty())
+        )
 
     def __enter__(self) -> Track:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._bar.close()
         if kind is None:

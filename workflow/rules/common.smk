@@ -1,5 +1,6 @@
 """The study's plan, and functions that turn it into file names for the rules."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -31,6 +32,10 @@ FILES = {
     "report": ["index.html", "summary.txt"],
 }
 SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
+
+# Jobs write progress lines of their own; libraries' bars of several jobs would mix.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 try:
     PLAN = plan_study(parse_study(config, map(Path, workflow.configfiles)))

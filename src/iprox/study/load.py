@@ -194,6 +194,12 @@ def _tasks(raw: Any, files: tuple[Path, ...]) -> Any:
             task = {**KNOWN_TASKS[task["name"]], **task}
         tasks.append(task)
     names = [t.get("name") for t in tasks if isinstance(t, dict)]
+    if "all" in names:
+        raise ConfigError(
+            "a task may not be called all",
+            where=_place(("tasks", names.index("all")), files),
+            fix="all means every task in file names; choose another name",
+        )
     twice = [n for n in names if names.count(n) > 1]
     if twice:
         raise ConfigError(
