@@ -15,8 +15,8 @@ test: $(READY)  ## All tests that this machine can run.
 	$(BIN)/pytest
 
 check: $(READY)  ## Format, lint and types.
-	$(BIN)/ruff format --check src tests workflow/scripts
-	$(BIN)/ruff check src tests workflow/scripts
+	$(BIN)/ruff format --check src tests bench envs workflow/scripts
+	$(BIN)/ruff check src tests bench envs workflow/scripts
 	$(BIN)/snakefmt --check Snakefile workflow/rules
 	$(BIN)/snakemake --lint
 	$(BIN)/mypy

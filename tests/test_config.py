@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,17 @@ def test_the_readmes_example_study_plans(tmp_path: Path) -> None:
     path.write_text(example[1])
     plan = plan_study(load_study([path]))
     assert list(plan.runs) == ["iprox-0.3", "iprox-0.5", "random-1", "random-2", "random-3"]
+
+
+def test_the_conda_environment_is_the_locks() -> None:
+    spec = importlib.util.spec_from_file_location("conda", ROOT / "envs" / "conda.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    lock = (ROOT / "envs" / "lock.txt").read_text()
+    assert (ROOT / "envs" / "iprox.yaml").read_text() == module.conda_environment(lock)
+    assert re.search(r"^torch==[\d.]+$", lock, re.MULTILINE)  # by version only: builds differ
 
 
 def test_paths_in_the_readme_exist() -> None:

@@ -59,6 +59,10 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"split": {"fidelity": 10}},
         ["split", "features", "fidelity"],
     ),
+    "influence.loss_reduction": (
+        {"influence": {"loss_reduction": "token_sum"}},
+        ["probe", "decomposition", "factors", "proxy", *AFTER_PROXY],
+    ),
     "influence.score": (
         {"influence": {"score": "dot"}},
         ["ranking", "fidelity", *AFTER_RANKING],

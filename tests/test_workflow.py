@@ -215,6 +215,19 @@ def test_another_number_of_shards_gives_the_same_rankings(finished: Path) -> Non
     snakemake(finished, study())
 
 
+def test_an_upstream_rerun_without_consequences_computes_nothing(finished: Path) -> None:
+    before = contents(finished)
+    pool = finished / "pool.jsonl"
+    pool.write_text("".join(reversed(pool.read_text().splitlines(keepends=True))))
+    config = study(runs={"iprox": {"proxy": {"sparsity": 0.5}, "until": "ranking"}})
+    snakemake(finished, config, "rankings")
+    assert contents(finished) == before
+    logs = [p.read_text() for p in (finished / "results/logs").rglob("*.log")]
+    reran = [text for text in logs if "nothing to compute" in text]
+    assert len(reran) >= 10  # split, warmup, probe ... ranking: looked at, and served
+    snakemake(finished, study())
+
+
 def test_the_study_is_the_same_bytes_in_another_folder(finished: Path, tmp_path: Path) -> None:
     write_inputs(tmp_path)
     small = study(runs={"iprox": {"proxy": {"sparsity": 0.5}, "until": "selection"}})
