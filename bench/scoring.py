@@ -1,4 +1,6 @@
-"""Cost of exact scoring, as a ratio to one plain pass: python bench/scoring.py STUDY_FOLDER [RUN]
+"""Cost of exact scoring as a ratio to one plain pass.
+
+Usage: python bench/scoring.py STUDY_FOLDER [RUN]
 
 Times, in turn and in one process, on the texts of the study's own pool:
 
