@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: demo test check clean
 
 demo: $(READY)  ## Run the demo study to its report.
-	@$(BIN)/snakemake --resources mem_mb=7500 --configfile config/config.yaml
+	@$(BIN)/snakemake --quiet host rules reason --resources mem_mb=7500 --configfile config/config.yaml
 	@cat results/studies/demo/report/summary.txt
 
 test: $(READY)  ## All tests that this machine can run.

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: seeds, a tiny tokenizer and tiny random models, made on the spot."""
+"""Fixtures shared by all tests: seeds, a tiny tokenizer, tiny random models made on the spot."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "numerics" / "far.py").write_text("def far():\n    return 1\n")
     (package / "numerics" / "near.py").write_text("from iprox.numerics import far\n")
     (package / "stages" / "one.py").write_text(
-        '"""One."""\nfrom iprox.errors import x\n\ndef make():\n    from iprox.numerics.near import far\n    return far\n'
+        '"""One."""\nfrom iprox.errors import x\n\ndef make():\n'
+        "    from iprox.numerics.near import far\n    return far\n"
     )
     (package / "stages" / "two.py").write_text("import json\n")
     monkeypatch.setattr(code, "SOURCE", tmp_path)

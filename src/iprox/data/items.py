@@ -285,7 +285,16 @@ def task_facts(
     }
     for kind in ("loss", "choice", "generate"):
         facts[f"n_test_{kind}"] = sum(t.kind == kind for t in test)
-    log.info("task %s: %s", section.name, ", ".join(f"{k} {v}" for k, v in facts.items()))
+    kinds = ", ".join(f"{facts[f'n_test_{k}']} {k}" for k in ("loss", "choice", "generate"))
+    log.info(
+        "%d queries from %d subtasks, %d test items (%s) from %s; %d examples dropped",
+        len(queries),
+        facts["n_subtasks"],
+        facts["n_test"],
+        kinds,
+        source,
+        dropped,
+    )
     return facts
 
 

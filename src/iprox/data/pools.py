@@ -135,7 +135,14 @@ def build_pool(source: Source, section: PoolSection) -> Pool:
     }
     if not kept:
         raise DataError("no example of the pool is left", where=source.origin, value=counts)
-    log.info("pool %s: %s", source.label, ", ".join(f"{k} {v}" for k, v in counts.items()))
+    left_out = {k.removeprefix("n_").replace("_", " "): v for k, v in list(counts.items())[1:-1]}
+    log.info(
+        "%d examples of %d records in the shape %s; left out: %s",
+        len(kept),
+        len(found),
+        shape,
+        ", ".join(f"{n} {reason}" for reason, n in left_out.items()),
+    )
     return Pool(kept, shape, counts)
 
 
@@ -152,7 +159,7 @@ def read_candidates(source: Source, shape: str = "auto") -> tuple[list[Candidate
     rows = list(_source_rows(source))
     if shape == "auto":
         shape = detect(rows[0])
-        log.info("pool %s: records have the shape %s", source.label, shape)
+        log.info("detected records of the shape %s", shape)
     parsed = [(row, _messages(row, shape)) for row in rows]
     return _identified(parsed, source.label), shape
 
