@@ -7,8 +7,9 @@ export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test check clean
 
-demo: $(READY)  ## Run the demo study to its report.
-	@$(BIN)/snakemake --quiet host rules reason --resources mem_mb=7500 --configfile config/config.yaml
+demo: $(READY)  ## Run the demo study to its report. OVERLAY=FILE changes some of its keys.
+	@$(BIN)/snakemake --quiet host rules reason --resources mem_mb=7500 \
+		--configfile config/config.yaml $(OVERLAY)
 	@cat results/studies/demo/report/summary.txt
 
 test: $(READY)  ## All tests that this machine can run.
