@@ -35,7 +35,9 @@ SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
 
 # Jobs run in an environment of the lock alone find the package here.
 SOURCE = str(Path(workflow.basedir) / "src")
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [SOURCE, os.environ.get("PYTHONPATH")]))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [SOURCE, os.environ.get("PYTHONPATH")])
+)
 
 # Jobs write progress lines of their own; libraries' bars of several jobs would mix.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
