@@ -1,11 +1,11 @@
 """The study's plan, and functions that turn it into file names for the rules."""
 
-import os
 import sys
 from pathlib import Path
 
 from iprox.errors import IproxError
 from iprox.plan.code import code_hash
+from iprox.plan.environment import prepare_jobs
 from iprox.plan.plan import plan_study
 from iprox.store.inputs import raw_input_files
 from iprox.study.load import parse_study
@@ -33,15 +33,7 @@ FILES = {
 }
 SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
 
-# Jobs run in an environment of the lock alone find the package here.
-SOURCE = str(Path(workflow.basedir) / "src")
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [SOURCE, os.environ.get("PYTHONPATH")])
-)
-
-# Jobs write progress lines of their own; libraries' bars of several jobs would mix.
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+prepare_jobs(Path(workflow.basedir) / "src")
 
 try:
     PLAN = plan_study(parse_study(config, map(Path, workflow.configfiles)))
