@@ -62,6 +62,8 @@ rule target:
         "results/logs/target/{id}.log",
     benchmark:
         "results/benchmarks/target/{id}.tsv"
+    # On the longest path of a study: what waits for it is most of the work.
+    priority: 10
     conda:
         "../../envs/iprox.yaml"
     threads: 1

@@ -14,6 +14,8 @@ rule warmup:
         "results/logs/warmup/{id}.log",
     benchmark:
         "results/benchmarks/warmup/{id}.tsv"
+    # On the longest path of a study: what waits for it is most of the work.
+    priority: 10
     conda:
         "../../envs/iprox.yaml"
     threads: model_threads()
@@ -43,6 +45,8 @@ rule probe:
         "results/logs/probe/{id}.log",
     benchmark:
         "results/benchmarks/probe/{id}.tsv"
+    # On the longest path of a study: what waits for it is most of the work.
+    priority: 10
     conda:
         "../../envs/iprox.yaml"
     threads: model_threads()
@@ -71,6 +75,8 @@ rule decomposition:
         "results/logs/decomposition/{id}.log",
     benchmark:
         "results/benchmarks/decomposition/{id}.tsv"
+    # On the longest path of a study: what waits for it is most of the work.
+    priority: 10
     conda:
         "../../envs/iprox.yaml"
     threads: model_threads()
@@ -98,6 +104,8 @@ rule factors:
         "results/logs/factors/{id}.log",
     benchmark:
         "results/benchmarks/factors/{id}.tsv"
+    # On the longest path of a study: what waits for it is most of the work.
+    priority: 10
     conda:
         "../../envs/iprox.yaml"
     threads: 1
@@ -126,6 +134,8 @@ rule proxy:
         "results/logs/proxy/{id}.log",
     benchmark:
         "results/benchmarks/proxy/{id}.tsv"
+    # On the longest path of a study: what waits for it is most of the work.
+    priority: 10
     conda:
         "../../envs/iprox.yaml"
     threads: model_threads()
