@@ -25,11 +25,11 @@ MEM_MB = {
 }
 GPU_MEM_MB = 16000
 RUNTIME_MIN = {
-    "warmup": 3000,
-    "proxy": 5500,
-    "features": 2800,
-    "finetune": 3500,
-    "evaluation": 1800,
+    "warmup": 120,
+    "proxy": 120,
+    "features": 240,
+    "finetune": 240,
+    "evaluation": 240,
 }
 
 
