@@ -267,7 +267,7 @@ def test_smollm2_scores_as_brute_force_does(tmp_path: Path) -> None:
     layers = scored_linears(model, LayersSection())
     task = build_task(TaskSection(name="mmlu", kind="mmlu", queries=18), tmp_path)
     encoded = [
-        encode(q.messages, tokenizer, "tokenizer", 128, prefix=q.prefix, eos=q.eos)
+        encode(q.messages, tokenizer, "tokenizer", 384, prefix=q.prefix, eos=q.eos)
         for q in task.queries
     ]
     encoded = [e for e in encoded if e.supervised]

@@ -31,7 +31,9 @@ def sentence(i: int, n: int) -> str:
 
 def write_inputs(folder: Path, architecture: str = "llama", examples: int = 24) -> None:
     """A model folder, a pool and a task, as a user would have them."""
-    tiny_model(architecture, dtype=torch.float32).save_pretrained(folder / "model")
+    # Some tokenizer classes add special tokens of their own when they are loaded.
+    model = tiny_model(architecture, dtype=torch.float32, vocab_size=272)
+    model.save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     with (folder / "pool.jsonl").open("w") as file:
         for i in range(examples):
