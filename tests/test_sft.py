@@ -164,6 +164,14 @@ def test_fractions_of_an_epoch_train_fractions_of_its_steps() -> None:
     assert len(result.log) == 2
 
 
+def test_a_single_step_trains() -> None:
+    model = tiny_model()
+    before = weights(model)
+    given = settings(epochs=1, batch=4, lr_warmup=0.03)
+    sft.fine_tune(model, examples(4), given, pad_token_id=PAD)
+    assert gap(before, weights(model)) > 0
+
+
 def test_bfloat16_keeps_float32_master_weights() -> None:
     model = tiny_model(dtype=torch.float32)
     sft.fine_tune(model, examples(4), settings(lr=1e-5), pad_token_id=PAD, bf16=True)

@@ -199,7 +199,7 @@ def fine_tune(
         recorder = _recorder(progress)
         trainer = _trainer(
             model=model,
-            args=_arguments(settings, micro, bf16, Path(scratch)),
+            args=_arguments(settings, steps, micro, bf16, Path(scratch)),
             train_dataset=examples,
             data_collator=_collator(pad_token_id),
             callbacks=[recorder],
@@ -274,8 +274,20 @@ def _local_batch(batch: int) -> int:
     return batch // processes
 
 
+def _lr_warmup(settings: WarmupSection | FinetuneSection, steps: int) -> float:
+    """Share of steps with a rising learning rate; none when there is only one step.
+
+    The first step of a rise has a learning rate of zero: a single step would change nothing.
+    """
+    return settings.lr_warmup if steps > 1 else 0.0
+
+
 def _arguments(
-    settings: WarmupSection | FinetuneSection, micro: int, bf16: bool, scratch: Path
+    settings: WarmupSection | FinetuneSection,
+    steps: int,
+    micro: int,
+    bf16: bool,
+    scratch: Path,
 ) -> TrainingArguments:
     from transformers import TrainingArguments
 
@@ -292,7 +304,7 @@ def _arguments(
         adam_beta2=0.999,
         adam_epsilon=1e-8,
         lr_scheduler_type="linear",
-        warmup_steps=settings.lr_warmup,  # below 1 it is a share of all steps
+        warmup_steps=_lr_warmup(settings, steps),  # below 1 it is a share of all steps
         max_grad_norm=GRADIENT_CLIP,
         bf16=bf16,
         use_cpu=not cuda,
