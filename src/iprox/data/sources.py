@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".zip")
-DEFAULT_INDEX = "https://pypi.org/simple"
 TIMEOUT_S = 60.0
 
 
@@ -291,7 +290,11 @@ def _download_sdist(requirement: str, folder: Path) -> Path:
     name, version = requirement.split("==")
     settings = pip_settings()
     context = ssl.create_default_context(cafile=settings.get("cert") or None)
-    first, others = settings.get("index-url", DEFAULT_INDEX), settings.get("extra-index-url", "")
+    first, others = settings.get("index-url"), settings.get("extra-index-url", "")
+    if first is None:  # what pip itself would ask
+        from pip._internal.models.index import PyPI
+
+        first = PyPI.simple_url
     indexes = [first, *others.split()]
     failures = []
     for index in indexes:
