@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
+from iprox.data.pools import build_pool
+from iprox.data.sources import resolve
+from iprox.data.tasks import build_task
 from iprox.plan.plan import plan_study
 from iprox.study.load import flatten, load_study
 from iprox.study.schema import PoolSection, ReportSection, RunConfig, TargetSection
@@ -83,3 +86,13 @@ def test_paths_in_the_readme_exist() -> None:
     named = set(re.findall(r"`((?:config|workflow|envs|src|tests)/[\w./-]+)`", text))
     assert named
     assert not {name for name in named if not (ROOT / name).exists()}
+
+
+def test_the_dolly_study_reads_its_pool_and_tasks(shared_data: Path) -> None:
+    config = load_study([ROOT / "config" / "small" / "dolly.yaml"]).config
+    source = resolve(config.pool, shared_data, shared_data)
+    assert len(build_pool(source, config.pool).candidates) == config.pool.limit
+    for task in config.tasks:
+        built = build_task(task, shared_data)
+        assert built.queries
+        assert built.test
