@@ -126,11 +126,12 @@ def test_gram_matrices_are_computed_once_per_input(
     model, layers = open_model("llama", proxy, bias=False)
     monkeypatch.setattr(scoring, "choose_kernel", lambda *_: Choice("ghost", "forced"))
     calls = []
-    original = scoring.gram
-    monkeypatch.setattr(scoring, "gram", lambda x: calls.append(x) or original(x))
+    original = scoring.half_gram
+    monkeypatch.setattr(scoring, "half_gram", lambda x: calls.append(x) or original(x))
     Scorer(model, layers, {}).score(random_batch([9, 6], [2, 1]))
-    shared = 2 * 4  # two blocks; inputs of q k v, of o, of gate up, of down
-    assert len(calls) == (shared + 2 * 7 if proxy else shared)  # and each left factor's own
+    inputs = 2 * 4  # two blocks; inputs of q k v, of o, of gate up, of down
+    inputs += 2 * 7 if proxy else 0  # and each left factor's own
+    assert len(calls) == 2 * inputs  # of two examples
 
 
 def test_batching_and_order_change_nothing(setting: Any) -> None:
@@ -180,7 +181,7 @@ def test_a_gradient_that_is_not_finite_names_example_and_layer(
 
     def broken(d: Tensor, x: Tensor, *rest: Any) -> Any:
         dots, squares = original(d, x, *rest)
-        if d.shape[2] == 48:
+        if d.shape[1] == 48:
             squares[2] = float("inf")
         return dots, squares
 
@@ -189,6 +190,8 @@ def test_a_gradient_that_is_not_finite_names_example_and_layer(
     with pytest.raises(NumericsError) as error:
         Scorer(model, layers, queries).score(batch, ["a", "b", "c", "d"])
     assert "example c, layer model.layers.1.mlp.up_proj" in str(error.value)
+    scores = Scorer(model, layers, queries, skip_nonfinite=True).score(batch)
+    assert scores.unusable == {2: "model.layers.1.mlp.up_proj"}
 
 
 def test_queries_of_other_layers_are_refused(setting: Any) -> None:

@@ -14,11 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iprox.engine.loss import Batch, example_losses, hidden_states, input_embeddings
+from iprox.engine.head import token_losses
+from iprox.engine.loss import (
+    IGNORE,
+    Batch,
+    example_losses,
+    hidden_states,
+    input_embeddings,
+    reduced,
+)
+from iprox.engine.packed import Packed, packed_states
 from iprox.errors import ModelError, NumericsError
 
 Visitor = Callable[[str, Tensor, Tensor], None]
 """Called as visitor(layer, X (examples, tokens, in), D (examples, tokens, out))."""
+
+PackedVisitor = Callable[[str, Tensor, Tensor, list[int]], None]
+"""Called as visitor(layer, X (tokens, in), D (tokens, out), rows of each example in turn)."""
 
 
 class _Calls:
@@ -40,34 +52,44 @@ class _Calls:
 
 
 @contextmanager
-def watch(layers: Mapping[str, nn.Linear], visit: Visitor) -> Iterator[None]:
+def watch(layers: Mapping[str, nn.Linear], visit: Visitor) -> Iterator[list[Tensor]]:
     """Within this context, every backward pass calls ``visit`` once for each of ``layers``.
 
     The gradient of a module that a model calls several times in a pass is the sum over the
     calls, so its rows of all calls are joined along the tokens before they are handed over.
+
+    Yields:
+        Outputs that a backward pass can stop at. When neither weights nor embeddings require
+        gradients, the outputs of the first watched layers become the leaves of the graph, and
+        nothing is computed for what lies before them.
 
     Raises:
         ModelError: On leaving: the output of some call had no influence on the loss, so that
             the layer's rows never became complete.
     """
     calls = {name: _Calls() for name in layers}
+    leaves: list[Tensor] = []
 
-    def forward_hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def forward_hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def on_gradient(inputs: Tensor, grads: Tensor) -> None:
             rows = calls[name].complete(inputs, grads)
             if rows is not None:
                 visit(name, *rows)
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             inputs = args[0].detach()
             calls[name].expected += 1
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+                leaves.append(output)
             output.register_hook(lambda grads: on_gradient(inputs, grads.detach()))
+            return output
 
         return hook
 
     handles = [module.register_forward_hook(forward_hook(name)) for name, module in layers.items()]
     try:
-        yield
+        yield leaves
     finally:
         for handle in handles:
             handle.remove()
@@ -159,6 +181,76 @@ def backward_pass(
         check_finite(losses, example_ids)
         torch.autograd.backward(losses.sum(), inputs=[embeds])
     return losses.detach()
+
+
+def packed_pass(
+    model: Any,
+    layers: Mapping[str, nn.Linear],
+    packed: Packed,
+    visit: PackedVisitor,
+    reduction: str = "token_mean",
+    check: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """One forward and one backward pass over examples without padding, with frozen weights.
+
+    Computes what any exact method has to, and nothing else: the head only at supervised
+    positions, no gradient before the first watched layer, no token of padding, attention only
+    inside examples.
+
+    Args:
+        model: A causal LM whose parameters do not require gradients.
+        layers: Layers to visit.
+        packed: The examples.
+        visit: Receives each layer's inputs and output gradients of the *sum* of the examples'
+            losses, so that the rows of an example are its own gradient. Layers that read the
+            same tensor receive the same ``X``.
+        reduction: Loss of an example: ``token_mean`` or ``token_sum``.
+        check: Sees the losses (examples,) before the backward pass, and may raise.
+
+    Returns:
+        Loss of every example, (examples,).
+
+    Raises:
+        ModelError: A layer's output has no influence on the loss, or the model's attention
+            cannot be packed.
+    """
+    lengths, total = packed.lengths, len(packed.input_ids)
+
+    def unpadded(name: str, inputs: Tensor, output_grads: Tensor) -> None:
+        calls = inputs.shape[1] // total
+        x, d = inputs[0], output_grads[0]
+        if calls > 1:
+            x, d = _by_example(x, lengths, calls), _by_example(d, lengths, calls)
+        visit(name, x, d, [n * calls for n in lengths])
+
+    supervised = packed.targets != IGNORE
+    with frozen(model), watch(layers, unpadded) as leaves, torch.enable_grad():
+        states = packed_states(model, packed)
+        per_token = token_losses(model, states[supervised], packed.targets[supervised])
+        losses = reduced(per_token, packed.owners[supervised], len(lengths), reduction)
+        if check is not None:
+            check(losses.detach())
+        torch.autograd.backward(losses.sum(), inputs=leaves)
+    return losses.detach()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within this context no weight of the model requires a gradient."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _by_example(rows: Tensor, lengths: list[int], calls: int) -> Tensor:
+    """Rows of several calls of a layer, reordered so that each example's are together."""
+    parts = [call.split(lengths) for call in rows.chunk(calls)]
+    return torch.cat([part[i] for i in range(len(lengths)) for part in parts])
 
 
 def check_finite(losses: Tensor, example_ids: Sequence[str] | None = None) -> None:

@@ -86,12 +86,18 @@ def example_losses(
     logits = logits if logits.dtype == torch.float64 else logits.float()
     targets = batch.labels[:, 1:][mask[:, :-1]]
     token_losses = F.cross_entropy(logits, targets, reduction="none")
-    owner = mask.nonzero()[:, 0]
-    losses = torch.zeros(len(batch.labels), dtype=token_losses.dtype, device=token_losses.device)
-    losses = losses.index_add(0, owner, token_losses)
+    return reduced(token_losses, mask.nonzero()[:, 0], len(batch.labels), reduction)
+
+
+def reduced(token_losses: Tensor, owners: Tensor, n_examples: int, reduction: str) -> Tensor:
+    """Losses (examples,) from those of supervised tokens (tokens,) and whose they are (tokens,).
+
+    An example without supervised tokens has the loss 0.
+    """
+    losses = token_losses.new_zeros(n_examples).index_add(0, owners, token_losses)
     if reduction == "token_sum":
         return losses
-    return losses / mask.sum(1).clamp(min=1)
+    return losses / torch.bincount(owners, minlength=n_examples).clamp(min=1)
 
 
 def input_embeddings(model: Any, batch: Batch) -> Tensor:

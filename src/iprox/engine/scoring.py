@@ -15,16 +15,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from iprox.engine.capture import backward_pass, example_name, same_tensor
+from iprox.engine.capture import check_finite, example_name, packed_pass, same_tensor
 from iprox.engine.loss import Batch
+from iprox.engine.packed import pack
 from iprox.errors import ModelError, NumericsError
 from iprox.numerics.ghost import (
+    Choice,
+    LowRankQueries,
     choose_kernel,
+    costs_of,
     fixed_dot,
     ghost_limit,
     ghost_squared_norm,
-    gram,
+    half_gram,
+    low_rank_dot,
     materialised_products,
+    truncate_queries,
     widen,
 )
 
@@ -38,6 +44,7 @@ class Scores(NamedTuple):
     dots: Tensor  # (examples, queries) float64
     squared_norms: Tensor  # (examples,) float64
     losses: Tensor  # (examples,)
+    unusable: dict[int, str]  # place -> where a number was not finite; their numbers mean nothing
 
 
 def batch_tokens(device: torch.device) -> int:
@@ -46,7 +53,7 @@ def batch_tokens(device: torch.device) -> int:
 
 
 class _Grams:
-    """Gram matrices of the inputs seen last, so that layers with one input compute it once.
+    """Gram matrices of the inputs seen last, so that layers with one input compute them once.
 
     In a backward pass the layers of one input follow each other closely (of factorised layers
     every other one has an input of its own), so that few places are enough. The inputs are
@@ -56,17 +63,19 @@ class _Grams:
     PLACES = 2
 
     def __init__(self) -> None:
-        self._seen: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()
+        self._seen: OrderedDict[int, tuple[Tensor, dict[int, list[Tensor]]]] = OrderedDict()
 
-    def of(self, x: Tensor) -> Tensor:
-        """``X X^T`` of every example, (examples, tokens, tokens)."""
+    def of(self, x: Tensor, place: int, rows: Tensor) -> list[Tensor]:
+        """``X X^T`` of one example of the packed inputs ``x``, whose rows are ``rows``."""
         known = self._seen.get(x.data_ptr())
         if known is None or not same_tensor(known[0], x):
-            known = self._seen[x.data_ptr()] = (x, gram(x))
+            known = self._seen[x.data_ptr()] = (x, {})
         self._seen.move_to_end(x.data_ptr())
         while len(self._seen) > self.PLACES:
             self._seen.popitem(last=False)
-        return known[1]
+        if place not in known[1]:
+            known[1][place] = half_gram(rows)
+        return known[1][place]
 
 
 class Scorer:
@@ -78,6 +87,13 @@ class Scorer:
         queries: Layer -> query gradients (queries, out, in), on the model's device. Empty:
             only the norms are wanted.
         reduction: Loss of an example: ``token_mean`` or ``token_sum``.
+        query_rank: Replace the query gradient of each layer by its best approximation of this
+            rank; 0: score exactly. What is lost is in :attr:`truncation`.
+        skip_nonfinite: Go on after an example whose loss or gradient is not finite, and list it
+            in :attr:`Scores.unusable`, instead of raising.
+
+    Attributes:
+        truncation: Share of each query gradient's norm that ``query_rank`` leaves out, (queries,).
 
     Raises:
         ModelError: The queries are not of these layers or not of their shapes.
@@ -89,10 +105,32 @@ class Scorer:
         layers: Mapping[str, nn.Linear],
         queries: Mapping[str, Tensor],
         reduction: str = "token_mean",
+        *,
+        query_rank: int = 0,
+        skip_nonfinite: bool = False,
     ) -> None:
         self.model, self.layers, self.reduction = model, layers, reduction
-        self.queries = _fitted(layers, queries)
-        self.n_queries = len(next(iter(self.queries.values())))
+        self.skip_nonfinite, self.query_rank = skip_nonfinite, query_rank
+        exact = _fitted(layers, queries)
+        self.n_queries = len(next(iter(exact.values())))
+        self.costs = costs_of(next(iter(layers.values())).weight)
+        self.queries: dict[str, Tensor | LowRankQueries] = dict(exact)
+        self.truncation = torch.zeros(self.n_queries, dtype=torch.float64)
+        if query_rank and self.n_queries:
+            self._truncate(exact)
+
+    def _truncate(self, exact: Mapping[str, Tensor]) -> None:
+        """Replace the queries of layers that are larger than ``query_rank`` by thin factors."""
+        lost = torch.zeros_like(self.truncation)
+        total = torch.zeros_like(self.truncation)
+        for name, matrices in exact.items():
+            total += matrices.double().square().sum((1, 2)).cpu()
+            if min(matrices.shape[1:]) > self.query_rank:
+                thin, missing = truncate_queries(matrices, self.query_rank)
+                dtype = self.layers[name].weight.dtype
+                self.queries[name] = LowRankQueries(thin.left.to(dtype), thin.right.to(dtype))
+                lost += missing.cpu()
+        self.truncation = (lost / total).sqrt()
 
     def score(self, batch: Batch, example_ids: Sequence[str] | None = None) -> Scores:
         """One forward and one backward pass over a batch.
@@ -105,66 +143,101 @@ class Scorer:
             ModelError: A layer has no influence on the loss.
             NumericsError: A loss or a gradient is not finite; names the example and layer.
         """
-        lengths = [int(n) for n in batch.lengths]
-        padded = batch.input_ids.shape[1]
         dots: dict[str, Tensor] = {}
         squares: dict[str, Tensor] = {}
         grams = _Grams()
 
-        def visit(name: str, x: Tensor, d: Tensor) -> None:
-            # A layer called several times has the rows of all calls, paddings in between.
-            rows = lengths if x.shape[1] == padded else [x.shape[1]] * len(lengths)
+        def visit(name: str, x: Tensor, d: Tensor, rows: list[int]) -> None:
             dots[name], squares[name] = self._layer(name, x, d, rows, grams)
 
-        losses = backward_pass(self.model, self.layers, batch, visit, self.reduction, example_ids)
+        def check(losses: Tensor) -> None:
+            if not self.skip_nonfinite:
+                check_finite(losses, example_ids)
+
+        losses = packed_pass(self.model, self.layers, pack(batch), visit, self.reduction, check)
         per_layer = torch.stack([squares[name] for name in self.layers]).double()
-        self._check(per_layer, example_ids)
         total = torch.stack([dots[name] for name in self.layers]).double().sum(0)
-        return Scores(total, per_layer.sum(0), losses)
+        unusable = self._unusable(losses, per_layer, example_ids)
+        return Scores(total, per_layer.sum(0), losses, unusable)
 
     def _layer(
-        self, name: str, x: Tensor, d: Tensor, lengths: list[int], grams: _Grams
+        self, name: str, x: Tensor, d: Tensor, rows: list[int], grams: _Grams
     ) -> tuple[Tensor, Tensor]:
         """Inner products (examples, queries) and squared norms (examples,) of one layer."""
         queries = self.queries[name]
-        tokens, features = x.shape[1:]
-        if choose_kernel(tokens, features, d.shape[2], len(queries)).kernel == "ghost":
-            return fixed_dot(d, x, queries), ghost_squared_norm(d, grams.of(x))
-        return materialised_products(d, x, queries, lengths)
+        if isinstance(queries, LowRankQueries):
+            return low_rank_dot(d, x, queries, rows), self._norms(x, d, rows, grams)
+        kernel = self._choice(max(rows), x.shape[1], d.shape[1]).kernel
+        if kernel == "ghost":
+            return fixed_dot(d, x, queries, rows), self._norms(x, d, rows, grams)
+        return materialised_products(d, x, queries, rows)
 
-    def _check(self, squares: Tensor, example_ids: Sequence[str] | None) -> None:
-        """Refuse gradients (layers, examples) that are not finite, naming the deepest layer."""
-        bad = (~torch.isfinite(squares)).nonzero()
-        if len(bad):
-            layer, place = bad[-1].tolist()  # the backward pass reached the last layer first
+    def _norms(self, x: Tensor, d: Tensor, rows: list[int], grams: _Grams) -> Tensor:
+        """Squared norms (examples,) by ghost products, or from long examples' gradients."""
+        limit = ghost_limit(x.shape[1], d.shape[1], 0, self.costs)
+        squares = []
+        parts = zip(d.split(rows), x.split(rows), strict=True)
+        for place, (d_rows, x_rows) in enumerate(parts):
+            if len(x_rows) < limit:
+                squares.append(ghost_squared_norm(d_rows, grams.of(x, place, x_rows)))
+            else:
+                none = d.new_empty(0, d.shape[1], x.shape[1])
+                squares.append(materialised_products(d_rows, x_rows, none, [len(x_rows)])[1][0])
+        return torch.stack(squares)
+
+    def _choice(self, tokens: int, in_features: int, out_features: int) -> Choice:
+        """The kernel for the examples of a batch of which the longest has that many tokens."""
+        return choose_kernel(tokens, in_features, out_features, self.n_queries, self.costs)
+
+    def _unusable(
+        self, losses: Tensor, squares: Tensor, example_ids: Sequence[str] | None
+    ) -> dict[int, str]:
+        """Examples with a loss or squared norm (layers, examples) that is not finite, and where.
+
+        Raises:
+            NumericsError: There is one, and it is not to be skipped.
+        """
+        unusable = {i: "loss" for i in (~losses.isfinite()).nonzero().flatten().tolist()}
+        names = list(self.layers)
+        for layer, place in (~torch.isfinite(squares)).nonzero().tolist():
+            if unusable.get(place) != "loss":
+                unusable[place] = names[layer]  # the backward pass reached the last layer first
+        if unusable and not self.skip_nonfinite:
+            place, layer_name = next(iter(sorted(unusable.items())))
             raise NumericsError(
                 "the gradient of an example is not finite",
-                where=f"{example_name(place, example_ids)}, layer {list(self.layers)[layer]}",
-                value=float(squares[layer, place]),
+                where=f"{example_name(place, example_ids)}, layer {layer_name}",
+                value=float(squares[names.index(layer_name), place]),
                 allowed="a finite squared norm",
-                fix="look for broken text, or for a precision that overflows",
+                fix="look for broken text, or for a precision that overflows; "
+                "influence.on_nonfinite: skip leaves such examples out and lists them",
             )
+        return unusable
 
     def kernels(self) -> list[dict[str, int | str]]:
         """Which kernel layers of each shape use for which lengths, and why.
 
-        One row per shape: ``out``, ``in``, ``layers`` (how many), ``example`` (one of them) and
-        ``materialise_from``, the padded length in tokens from which on gradients are formed;
-        shorter examples use ghost products.
+        One row per shape: ``out``, ``in``, ``layers`` (how many), ``example`` (one of them),
+        ``kernel`` (``low_rank``, or ``by length``) and ``materialise_from``, the length in
+        tokens of a batch's longest example from which on gradients are formed; shorter ones use
+        ghost products.
         """
-        rows: dict[tuple[int, int], dict[str, int | str]] = {}
+        rows: dict[tuple[int, int, bool], dict[str, int | str]] = {}
         for name, layer in self.layers.items():
             out, features = layer.weight.shape
-            limit = ghost_limit(features, out, self.n_queries)
+            thin = isinstance(self.queries[name], LowRankQueries)
+            limit = ghost_limit(features, out, 0 if thin else self.n_queries, self.costs)
+            reason = choose_kernel(limit, features, out, 0 if thin else self.n_queries, self.costs)
             row = rows.setdefault(
-                (out, features),
+                (out, features, thin),
                 {
                     "out": out,
                     "in": features,
                     "layers": 0,
                     "example": name,
+                    "kernel": "low_rank" if thin else "by length",
                     "materialise_from": limit,
-                    "reason": choose_kernel(limit, features, out, self.n_queries).reason,
+                    "reason": reason.reason,
                 },
             )
             row["layers"] = int(row["layers"]) + 1
@@ -200,11 +273,17 @@ def mean_gradient(
     }
     for batch, weights, ids in batches:
 
-        def visit(name: str, x: Tensor, d: Tensor, weights: Tensor = weights) -> None:
-            weighted = widen(d) * weights.to(d.device)[:, None, None].to(sums[name].dtype)
-            sums[name].addmm_(weighted.flatten(0, 1).mT, widen(x).flatten(0, 1))
+        def visit(
+            name: str, x: Tensor, d: Tensor, rows: list[int], weights: Tensor = weights
+        ) -> None:
+            per_token = torch.repeat_interleave(weights, torch.tensor(rows))
+            weighted = widen(d) * per_token.to(d.device, sums[name].dtype)[:, None]
+            sums[name].addmm_(weighted.mT, widen(x))
 
-        backward_pass(model, layers, batch, visit, reduction, ids)
+        def check(losses: Tensor, ids: Sequence[str] | None = ids) -> None:
+            check_finite(losses, ids)
+
+        packed_pass(model, layers, pack(batch), visit, reduction, check)
     return sums
 
 

@@ -1,0 +1,83 @@
+"""Token losses of frozen heads, without ever holding the logits of a whole batch.
+
+Logits of a large vocabulary are the biggest tensors of a pass: 8,192 tokens of a vocabulary of
+262,144 take 8 GB, and autograd keeps three copies. Here they are made, turned into losses and
+into gradients of the hidden states, and dropped, a slice of the tokens at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iprox.numerics.ghost import widen
+
+SLICE_BYTES = 64 * 2**20
+
+
+def token_losses(model: Any, states: Tensor, targets: Tensor) -> Tensor:
+    """``-log p(target)`` at every hidden state, differentiable by the states alone.
+
+    Args:
+        model: A causal LM; its head is a linear layer, soft-capped where its config says so.
+        states: Last hidden states, (tokens, hidden).
+        targets: Next tokens, (tokens,).
+
+    Returns:
+        (tokens,) in float32 (float64 for a float64 model).
+    """
+    head: nn.Linear = model.get_output_embeddings()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    losses: Tensor = _HeadLosses.apply(states, targets, head.weight, head.bias, cap)
+    return losses
+
+
+class _HeadLosses(torch.autograd.Function):
+    """Losses forward; their gradients, which cost one more product, are made on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, targets: Tensor, weight: Tensor, bias: Any, cap: float | None
+    ) -> Tensor:
+        gradients = torch.empty_like(states)
+        rows = max(1, SLICE_BYTES // (4 * len(weight)))
+        losses = [
+            _slice(*part, weight, bias, cap)
+            for part in zip(
+                states.split(rows), targets.split(rows), gradients.split(rows), strict=True
+            )
+        ]
+        ctx.save_for_backward(gradients)
+        return torch.cat(losses) if losses else widen(states).new_zeros(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Any, ...]:
+        (gradients,) = ctx.saved_tensors
+        return gradients * grad_losses[:, None].to(gradients.dtype), None, None, None, None
+
+
+def _slice(
+    states: Tensor,
+    targets: Tensor,
+    gradients: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cap: float | None,
+) -> Tensor:
+    """Losses (tokens,) of some tokens; their gradients by the states go into ``gradients``."""
+    logits = widen(F.linear(states, weight, bias))
+    slope = None
+    if cap is not None:
+        bent = torch.tanh(logits / cap)
+        logits, slope = bent * cap, 1 - bent.square()
+    log_p = torch.log_softmax(logits, dim=-1)
+    losses = -log_p.gather(1, targets[:, None])[:, 0]
+    by_logits = log_p.exp_()
+    by_logits.scatter_add_(1, targets[:, None], -torch.ones_like(losses)[:, None])
+    if slope is not None:
+        by_logits *= slope
+    torch.mm(by_logits.to(weight.dtype), weight, out=gradients)
+    return losses
