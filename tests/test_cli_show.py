@@ -63,7 +63,7 @@ def test_show_explains_every_stage(made: tuple[Results, dict[str, Node]], stage:
     text = run("show", results.folder(nodes[stage]))
     assert STAGES[stage] in text
     assert nodes[stage].id in text
-    assert "123.5 MB" in text
+    assert "118 MiB" in text
     for role, parent in nodes[stage].parents.items():
         assert role in text
         assert f"{parent.stage}/{parent.id}" in text

@@ -10,6 +10,7 @@ from conftest import tiny_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from iprox.engine.align import align_proxy
 from iprox.engine.capture import backward_pass
 from iprox.engine.geometry import gradient_gram
 from iprox.engine.loss import Batch
@@ -171,6 +172,32 @@ def test_a_comparison_of_gradients() -> None:
     found = counted(lambda: gradient_gram(dense, layers, range(8), collate, chunk=2))
     load = LOAD.times(2)
     assert flops.geometry(network_of(dense, layers), load, 2) == pytest.approx(found, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("hvp", ["double_backward", "central_diff"])
+def test_a_whole_alignment(hvp: Any) -> None:
+    target = model()
+    align = AlignSection(hvp=hvp, epochs=2, batch=2, heldout=0.4, evaluate_every=2)
+    texts = batch(10)
+
+    def collate(rows: Any) -> Batch:
+        return Batch(*(t[list(rows)] for t in texts))
+
+    thin = proxy(target)
+    found = counted(
+        lambda: align_proxy(target, thin, range(6), range(6, 10), collate, align, layers=ALL)
+    )
+    expected = flops.alignment(
+        network_of(target, block_linears(target, ALL)),
+        network_of(thin, scored_linears(thin, ALL)),
+        LOAD.times(2 * 6 / EXAMPLES),
+        LOAD.times(4 / EXAMPLES),
+        Anchoring(hvp),
+        candidates=4,  # the start, and after steps 2, 4 and 6
+        compared=LOAD.times(4 / EXAMPLES),
+        chunk=2 * align.batch,
+    )
+    assert expected == pytest.approx(found, rel=TOLERANCE)
 
 
 def test_a_greedy_answer() -> None:

@@ -117,7 +117,7 @@ def _provenance(artifact: Artifact) -> Facts:
         return Facts("provenance", {"provenance.json": "absent"})
     known: dict[str, Any] = {"cost": cost_line(made), "seconds": made.pop("seconds", None)}
     memory = made.pop("peak_memory_bytes", None)
-    known["peak memory"] = None if memory is None else human_bytes(memory)
+    known["peak memory"] = None if memory is None else human_memory(memory)
     known |= dict(made.pop("metrics", {}))
     versions = made.pop("versions", {})
     known["versions"] = versions

@@ -90,7 +90,7 @@ def log_likelihoods(
             [(("", ""), r.context, r.continuation) for r in block], disable_tqdm=True
         )
         results += [float(value) for value, _ in scored]
-        advance(len(block), sum(map(len, block)))
+        advance(len(block), n_tokens(block))
     bad = sum(not math.isfinite(value) for value in results)
     if bad:
         raise NumericsError(
@@ -99,6 +99,11 @@ def log_likelihoods(
             fix="the model has diverged, or its precision is too low: evaluate it in float32",
         )
     return results
+
+
+def n_tokens(requests: Sequence[Request]) -> int:
+    """Tokens a model reads for some requests; a context that several share is read once."""
+    return sum(map(len, {tuple(r.context + r.continuation[:-1]) for r in requests}))
 
 
 def generations(

@@ -51,6 +51,9 @@ FACTOR_COPIES = 11
 """Tensors of the factors' size in an alignment: gradients, both Adam moments, the start, the
 best and the current candidate, and the parts of the gradient."""
 
+SHARD_BYTES = 6500
+"""Bytes of a scoring shard besides what it holds of each example."""
+
 LONGEST = 2.0
 """The longest example of a batch, in units of the mean length."""
 
@@ -363,7 +366,7 @@ class Estimator:
         return Need(
             flops=flops.features(net, _load(texts), n_queries),
             memory=self._pass_memory(net, texts, element) + 4 * n_queries * net.scored_weights,
-            disk=texts.n * (8 * n_queries + 60),
+            disk=texts.n * (8 * n_queries + 60) + SHARD_BYTES * node.shards,
             tokens=texts.n * texts.tokens,
         )
 

@@ -121,7 +121,7 @@ def n_parameters(target: nn.Module, factors: dict[str, FactorPair]) -> int:
 
 def unaligned() -> Metrics:
     """Metrics of a proxy that was not aligned."""
-    return {"steps": 0, "planned_steps": 0, "chosen_step": 0}
+    return {"steps": 0, "planned_steps": 0, "chosen_step": 0, "flops": 0.0}
 
 
 def summary(run: Alignment) -> Metrics:
