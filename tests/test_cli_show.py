@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from iprox.cli.artifact import STAGES
 from iprox.cli.main import app
-from iprox.cli.render import inert, plain, shown
+from iprox.cli.render import human_flops, human_memory, inert, plain, shown
+from iprox.cli.show import cost_line
 from iprox.plan.plan import Node
 
 MADE = sorted(set(STAGES) - {"curvature"})
@@ -62,7 +63,7 @@ def test_show_explains_every_stage(made: tuple[Results, dict[str, Node]], stage:
     text = run("show", results.folder(nodes[stage]))
     assert STAGES[stage] in text
     assert nodes[stage].id in text
-    assert "123.5 MB" in text
+    assert "118 MiB" in text
     for role, parent in nodes[stage].parents.items():
         assert role in text
         assert f"{parent.stage}/{parent.id}" in text
@@ -213,3 +214,33 @@ def test_a_damaged_file_is_an_error_without_traceback(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["show", str(results.folder(nodes[stage]))])
         assert result.exit_code == 1
         assert name in result.stderr
+
+
+def test_cost_in_one_line() -> None:
+    made = {
+        "seconds": 70.4,
+        "metrics": {"flops": 1.234e12, "tokens_per_s": 813.4, "tokens": 5},
+        "peak_memory_bytes": 3.1 * 2**30,
+    }
+    line = "0:01:10, 1.23 TFLOP, 813 tokens/s, peak 3.1 GiB"
+    assert cost_line(made) == line
+    assert cost_line(made | {"peak_device_memory_bytes": 2**20}) == f"{line}, 1 MiB on the device"
+    assert cost_line({"seconds": 2}) == "0:00:02"
+    assert cost_line({"git_revision": "abc"}) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 FLOP"), (999, "999 FLOP"), (999_900, "1 MFLOP"), (2.5e15, "2.5 PFLOP")],
+)
+def test_operations_have_metric_prefixes(count: float, text: str) -> None:
+    assert human_flops(count) == text
+
+
+def test_memory_has_binary_prefixes() -> None:
+    assert [human_memory(n * 2**20) for n in (0.5, 64, 1536, 2**21)] == [
+        "512 KiB",
+        "64 MiB",
+        "1.5 GiB",
+        "2,048 GiB",
+    ]

@@ -19,6 +19,7 @@ from iprox.errors import DataError, NumericsError
 from iprox.evaluation import metrics
 from iprox.evaluation.likelihood import Request, generations, harness, log_likelihoods
 from iprox.models.load import load_model
+from iprox.numerics.flops import Linear, Network
 from iprox.stages import evaluation
 from iprox.store.job import Job
 from iprox.store.tables import read_table, write_table
@@ -379,3 +380,16 @@ def test_the_macro_mean_weighs_groups_equally() -> None:
     assert found == {"value": 0.5, "low": 0.0, "high": 1.0, "n": 2}
     alone = metrics.macro([1.0, 0.0, 1.0], ["a", "b", "c"], 100, 3)
     assert alone == metrics.micro([1.0, 0.0, 1.0], 100, 3)
+
+
+def test_work_counts_shared_contexts_once() -> None:
+    net = Network({Linear(2, 3): 1}, attention=4, head=10)
+    choice = evaluation.Prepared({}, [1, 2, 3], ([5], [6]))  # one context for both
+    longer = evaluation.Prepared({}, [1, 2], ([7, 8, 9],))
+    answer = evaluation.Prepared({}, [1, 2])
+    rows = [{"n_tokens": 5}, {"n_tokens": 5}, {"n_tokens": 6, "generation": "four"}]
+    found = evaluation.work([choice, longer, answer], rows, net)
+    assert found["tokens"] == 3 + 4 + 6
+    likelihoods = 2 * (6 + 10) * (3 + 4) + 4 * 4 * (9 + 16)
+    generated = 2 * (6 * 6 + 10 * 5) + 4 * 4 * (4 + 2 * 4 + 8)
+    assert found["flops"] == likelihoods + generated

@@ -99,6 +99,7 @@ def inputs(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, np.
 def test_directions_are_those_of_each_layer(inputs: Any, settings: dict[str, str]) -> None:
     folder, weights, arrays = inputs
     metrics = decomposition.make(decompose_job(folder, **settings))
+    assert metrics.pop("flops") > 0
     assert metrics == {"layers": len(LAYERS), "fallback_layers": 0, "tokens": TOKENS}
     stored = load_file(folder / "decomposition" / "directions.safetensors")
     spectra = open_store(folder / "decomposition" / "spectra.zarr")

@@ -49,6 +49,7 @@ def parents(tmp_path: Path) -> dict[str, Path]:
 def run(tmp_path: Path, parents: dict[str, Path], **section: Any) -> Any:
     out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
     metrics = probe.make(job("probe", out, parents, probe={"tokens": 40} | section))
+    assert metrics.pop("flops") > 0
     return open_store(out / "probe.zarr"), metrics
 
 

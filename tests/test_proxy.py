@@ -173,7 +173,7 @@ def test_without_alignment_the_factors_are_taken_as_they_are(
     assert curve[["loss_ga", "kl", "objective", "fidelity", "proxy_loss"]].isna().all(axis=None)
     assert read_table(work.out / "alignment_layers.parquet").empty
     assert metrics["parameters"] == sum(p.numel() for p in made.parameters())
-    assert metrics["steps"] == metrics["chosen_step"] == 0
+    assert metrics["steps"] == metrics["chosen_step"] == metrics["flops"] == 0
 
 
 def test_alignment_writes_its_curve_and_what_it_kept(
@@ -181,6 +181,7 @@ def test_alignment_writes_its_curve_and_what_it_kept(
 ) -> None:
     work = proxy_job(tmp_path / "out", parents, **TRAINING, select_by="last")
     metrics = proxy.make(work)
+    assert metrics["flops"] > 0
     curve = read_table(work.out / "alignment.parquet")
     assert curve["split"].tolist() == ["heldout", "train", "train", "heldout"]
     assert curve["step"].tolist() == [0, 1, 2, 2]

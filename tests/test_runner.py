@@ -15,9 +15,10 @@ import pandas as pd
 import pytest
 
 from iprox.errors import ArtifactError
+from iprox.progress import track
 from iprox.store.job import Job, Metrics
 from iprox.store.manifest import check, list_files, read_manifest
-from iprox.store.runner import Request, gather, run_stage
+from iprox.store.runner import Request, _joined, gather, run_stage
 from iprox.store.tables import write_table
 
 
@@ -236,3 +237,42 @@ def test_a_manifest_says_nothing_about_when_or_where(tmp_path: Path) -> None:
     text = (ask.folder / "manifest.json").read_text()
     assert set(json.loads(text)) == {"content", "files", "stage"}
     assert read_manifest(ask.folder / "manifest.json").stage == "toy"
+
+
+def test_provenance_has_rates_time_and_memory_and_no_digest_has_them(tmp_path: Path) -> None:
+    def passes(job: Job) -> Metrics:
+        with track(2, "examples", "pass") as loop:
+            loop.advance(2, tokens=7)
+        return Stage()(job)
+
+    ask = request(tmp_path)
+    run_stage(passes, ask)
+    made = json.loads((ask.folder / "provenance.json").read_text())
+    rates = ("tokens_per_s", "examples_per_s", "loop_s")
+    assert all(made["metrics"].pop(name) >= 0 for name in rates)
+    assert made["metrics"] == {"tokens": 3}
+    assert made["peak_memory_bytes"] > 1_000_000
+    assert made["host"]["threads"] >= 1
+    assert "peak_device_memory_bytes" not in made  # tests run on a CPU
+    assert (ask.folder / "manifest.json").read_bytes() == run_stage(
+        Stage(), request(tmp_path, "other", code="c9")
+    ).read_bytes()
+
+
+def test_the_whole_of_shards_sums_counts_and_averages_rates() -> None:
+    def part(tokens: int, loop_s: float, peak: int) -> dict[str, Any]:
+        rate = {"tokens_per_s": tokens / loop_s} if loop_s else {}
+        metrics = {"tokens": tokens, "flops": 2.0 * tokens, "loop_s": loop_s, **rate, "kind": "a"}
+        return {"metrics": metrics, "peak_memory_bytes": peak, "seconds": loop_s + 1}
+
+    whole = _joined([part(100, 10, 5), part(300, 10, 9), part(0, 0, 1)])
+    assert whole["metrics"] == {
+        "tokens": 400,
+        "flops": 800.0,
+        "loop_s": 20,
+        "tokens_per_s": 20.0,
+        "kind": "a",
+    }
+    assert (whole["peak_memory_bytes"], whole["seconds"], whole["shards"]) == (9, 23, 3)
+    old = _joined([{"metrics": {"tokens": 1}, "peak_memory_bytes": 1, "seconds": 1.0}] * 2)
+    assert old["metrics"] == {"tokens": 2}

@@ -18,6 +18,7 @@ from torch import Tensor
 from iprox.data.chat import IGNORED, Encoded
 from iprox.errors import ArtifactError, ConfigError, DataError, NumericsError
 from iprox.models.load import load_model, load_tokenizer, load_weights
+from iprox.progress import loops
 from iprox.stages import finetune, warmup
 from iprox.store.job import Job
 from iprox.store.tables import read_table, write_table
@@ -260,7 +261,10 @@ def test_the_warmup_stage_trains_on_its_split_and_leaves_a_model(
     tmp_path: Path, target_folder: Path
 ) -> None:
     job = stage_job(tmp_path, target_folder, "warmup", {"lr": 1e-3, "batch": 2})
-    metrics = warmup.make(job)
+    with loops() as ended:
+        metrics = warmup.make(job)
+    assert (ended[0].tokens, ended[0].examples) == (metrics["tokens"], metrics["examples"])
+    assert metrics["flops"] > 6 * metrics["parameters"] * metrics["tokens"] > 0  # and attention
     assert (metrics["examples"], metrics["steps"], metrics["examples_dropped"]) == (4, 2, 0)
     before, after = load_model(target_folder), load_model(job.out)
     assert torch.equal(before.model.embed_tokens.weight, after.model.embed_tokens.weight)

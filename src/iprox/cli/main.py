@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import iprox
+from iprox.cli.cost import cost
 from iprox.cli.diff import diff
 from iprox.cli.plan import plan
 from iprox.cli.runs import runs
@@ -43,6 +44,7 @@ app = typer.Typer(
 app.command()(show)
 app.command()(verify)
 app.command()(plan)
+app.command()(cost)
 app.command()(diff)
 app.command()(runs)
 app.command()(schema)

@@ -91,6 +91,24 @@ def human_bytes(count: float) -> str:
     raise AssertionError("unreachable")
 
 
+def human_memory(count: float) -> str:
+    """Memory in binary units."""
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if count < 1000 or unit == "GiB":
+            return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
+    raise AssertionError("unreachable")
+
+
+def human_flops(count: float) -> str:
+    """Floating-point operations with a metric prefix: ``1.2 TFLOP``."""
+    for unit in ("", "k", "M", "G", "T", "P", "E"):
+        if abs(count) < 999.5 or unit == "E":
+            return f"{count:.3g} {unit}FLOP"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
 def shown(value: Any) -> str:
     """A value as people read it."""
     if value is None or (isinstance(value, float) and math.isnan(value)):

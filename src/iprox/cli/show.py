@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,8 @@ from iprox.cli.artifact import (
     open_artifact,
     run_folders,
 )
-from iprox.cli.render import Facts, Page, Table, emit, human_bytes
+from iprox.cli.render import Facts, Page, Table, emit, human_bytes, human_flops, human_memory
+from iprox.progress import clock
 from iprox.store.manifest import ABOUT, Manifest, read_manifest
 
 Block = Facts | Table
@@ -113,13 +115,30 @@ def _provenance(artifact: Artifact) -> Facts:
     made = dict(artifact.provenance)
     if not made:
         return Facts("provenance", {"provenance.json": "absent"})
-    known: dict[str, Any] = {"seconds": made.pop("seconds", None)}
+    known: dict[str, Any] = {"cost": cost_line(made), "seconds": made.pop("seconds", None)}
     memory = made.pop("peak_memory_bytes", None)
-    known["peak memory"] = None if memory is None else human_bytes(memory)
+    known["peak memory"] = None if memory is None else human_memory(memory)
     known |= dict(made.pop("metrics", {}))
     versions = made.pop("versions", {})
     known["versions"] = versions
     return Facts("provenance", known | flat(made))
+
+
+def cost_line(made: Mapping[str, Any]) -> str | None:
+    """Time, operations, rate and memory in one line: ``0:01:10, 1.2 TFLOP, 813 tokens/s, ...``."""
+    metrics = made.get("metrics", {})
+    parts = {
+        "seconds": (made.get("seconds"), clock),
+        "flops": (metrics.get("flops"), human_flops),
+        "rate": (metrics.get("tokens_per_s"), lambda rate: f"{rate:,.0f} tokens/s"),
+        "peak": (made.get("peak_memory_bytes"), lambda size: f"peak {human_memory(size)}"),
+        "device": (
+            made.get("peak_device_memory_bytes"),
+            lambda size: f"{human_memory(size)} on the device",
+        ),
+    }
+    said = [say(value) for value, say in parts.values() if isinstance(value, int | float)]
+    return ", ".join(said) or None
 
 
 def _files(artifact: Artifact) -> Table:

@@ -32,6 +32,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from iprox.errors import DataError, did_you_mean
+from iprox.progress import track
 from iprox.study.schema import Hub, Package, PoolSection
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".zip")
 TIMEOUT_S = 60.0
+BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -361,7 +363,11 @@ def _fetch(link: str, folder: Path, context: ssl.SSLContext) -> Path:
     archive = folder / PurePosixPath(urllib.parse.unquote(urllib.parse.urlparse(address).path)).name
     log.info("downloading %s", _without_password(address))
     with _open(address, context) as answer, archive.open("wb") as file:
-        shutil.copyfileobj(answer, file)
+        total = int(getattr(answer, "headers", {}).get("Content-Length") or 0)
+        with track(total, "bytes", "download") as progress:
+            while block := answer.read(BLOCK_BYTES):
+                file.write(block)
+                progress.advance(len(block))
     promised = urllib.parse.parse_qs(fragment).get("sha256", [None])[0]
     if promised is not None and file_sha256(archive) != promised:
         raise OSError(f"{archive.name} arrived damaged: its sha256 is not the index's")

@@ -209,7 +209,8 @@ def align_proxy(
             tokens = int(batch.lengths.sum())
             point = replace(_point(found, step, epoch, "train"), lr=lr, grad_norm=norm)
             run.add_step(point, tokens, found.n_zero)
-            progress.advance(1, tokens, f"alignment loss {found.loss_ga:.3f}")
+            note = f"alignment loss {found.loss_ga:.3f}"
+            progress.advance(1, tokens, note, examples=len(places))
             if schedule.is_judged(step):
                 candidate = judge(step, epoch)
                 if candidate is None:

@@ -59,14 +59,16 @@ def harness(model: Any, tokenizer: Any) -> Any:
 
 
 def log_likelihoods(
-    lm: Any, requests: Sequence[Request], advance: Callable[[int], None] = lambda done: None
+    lm: Any,
+    requests: Sequence[Request],
+    advance: Callable[[int, int], None] = lambda done, tokens: None,
 ) -> list[float]:
     """Log-likelihood of each continuation given its context, summed over its tokens.
 
     Args:
         lm: From :func:`harness`.
         requests: What is asked.
-        advance: Called with the number of requests done since the last call.
+        advance: Called with the numbers of requests and tokens done since the last call.
 
     Raises:
         DataError: A request is empty, or longer than the model's window; the harness would cut
@@ -88,7 +90,7 @@ def log_likelihoods(
             [(("", ""), r.context, r.continuation) for r in block], disable_tqdm=True
         )
         results += [float(value) for value, _ in scored]
-        advance(len(block))
+        advance(len(block), n_tokens(block))
     bad = sum(not math.isfinite(value) for value in results)
     if bad:
         raise NumericsError(
@@ -99,12 +101,17 @@ def log_likelihoods(
     return results
 
 
+def n_tokens(requests: Sequence[Request]) -> int:
+    """Tokens a model reads for some requests; a context that several share is read once."""
+    return sum(map(len, {tuple(r.context + r.continuation[:-1]) for r in requests}))
+
+
 def generations(
     lm: Any,
     contexts: Sequence[list[int]],
     stop: Sequence[str],
     max_new_tokens: int,
-    advance: Callable[[int], None] = lambda done: None,
+    advance: Callable[[int, int], None] = lambda done, tokens: None,
 ) -> list[str]:
     """Greedy continuations of contexts, up to the first stop text or end of sequence.
 
@@ -113,7 +120,7 @@ def generations(
         contexts: Token ids to start from.
         stop: Texts that end a generation; not part of it.
         max_new_tokens: Longest generation.
-        advance: Called with the number of contexts done since the last call.
+        advance: Called with the numbers of contexts and tokens done since the last call.
 
     Raises:
         DataError: A context leaves no room for the generation in the model's window.
@@ -143,7 +150,8 @@ def generations(
             )
         for i, tokens in zip(batch, out[:, length:].tolist(), strict=True):
             texts[i] = postprocess_generated_text(lm.tok_decode(tokens), list(stop), None)
-        advance(len(batch))
+        prompts = sum(len(contexts[i]) for i in batch)
+        advance(len(batch), prompts + len(batch) * (out.shape[1] - length))
     return texts
 
 

@@ -17,9 +17,19 @@ PACKAGE = "iprox"
 SHARED = ("iprox.store.runner", "iprox.store.manifest")
 """Modules every stage runs through."""
 
-NEUTRAL = frozenset({"iprox", "iprox.errors", "iprox.logs", "iprox.progress", "iprox.study.schema"})
-"""Modules that cannot change a result: messages and progress, and the schema, whose effect on
-a stage is its parameters, which are part of the stage's identity anyway."""
+NEUTRAL = frozenset(
+    {
+        "iprox",
+        "iprox.errors",
+        "iprox.logs",
+        "iprox.models.flops",
+        "iprox.numerics.flops",
+        "iprox.progress",
+        "iprox.study.schema",
+    }
+)
+"""Modules that cannot change a result: messages, progress and counts of operations, and the
+schema, whose effect on a stage is its parameters, which are part of its identity anyway."""
 
 
 @cache

@@ -23,6 +23,7 @@ from torch import Tensor
 from iprox.errors import ArtifactError, NumericsError
 from iprox.models.device import pick_device
 from iprox.models.layers import linear_names_from_shapes
+from iprox.numerics import flops
 from iprox.numerics.ipsvd import DampedRoot, Directions, decompose, plain_svd
 from iprox.numerics.ranks import max_useful_rank
 from iprox.progress import track
@@ -43,7 +44,7 @@ def make(job: Job) -> Metrics:
     layer's shape, damping, ranks and error floor as attributes.
 
     Returns:
-        Numbers of layers, of layers that fell back to plain SVD, and of probe tokens.
+        Numbers of layers, of layers that fell back to plain SVD, and of probe tokens; FLOPs.
 
     Raises:
         ArtifactError: The probe has a layer that the weights lack, or shapes differ.
@@ -53,7 +54,7 @@ def make(job: Job) -> Metrics:
     proxy = job.section(ProxySection, "decomposition")
     weights = CheckpointWeights(job.parents["warmup"])
     tensors: dict[str, Tensor] = {}
-    fallbacks, tokens = 0, 0
+    fallbacks, tokens, operations = 0, 0, 0.0
     if proxy.kind == "svd":
         names = linear_names_from_shapes(weights.shapes(), job.section(LayersSection, "layers"))
         layers = _plain_layers(weights, names, proxy)
@@ -68,13 +69,28 @@ def make(job: Job) -> Metrics:
             tensors[f"{name}.left"] = directions.left.float().cpu().contiguous()
             tensors[f"{name}.right"] = directions.right.float().cpu().contiguous()
             _put_spectrum(spectra, name, directions, about)
+            operations += _operations(directions, proxy, tokens)
             if directions.fallback:
                 fallbacks += 1
                 log.warning("%s: plain SVD, because its %s", name, directions.fallback)
             progress.advance(1)
     settings = {"orientation": "weight (out, in) = left @ right", **job.params["decomposition"]}
     save_tensors(job.out / "directions.safetensors", tensors, settings)
-    return {"layers": len(names), "fallback_layers": fallbacks, "tokens": tokens}
+    return {
+        "layers": len(names),
+        "fallback_layers": fallbacks,
+        "tokens": tokens,
+        "flops": operations,
+    }
+
+
+def _operations(directions: Directions, proxy: ProxySection, tokens: int) -> float:
+    """Floating-point operations of one layer's solution, as :mod:`iprox.numerics.flops` has it."""
+    (out_dim, kept), in_dim = directions.left.shape, directions.right.shape[1]
+    if proxy.kind == "svd" or directions.fallback:
+        return flops.plain_svd(out_dim, in_dim, kept)
+    solve = flops.ipsvd_exact if proxy.mode == "exact" else flops.ipsvd_paper
+    return solve(out_dim, in_dim, tokens, kept)
 
 
 @dataclass(frozen=True)

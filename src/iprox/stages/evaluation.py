@@ -18,7 +18,9 @@ from iprox.errors import DataError
 from iprox.evaluation import metrics
 from iprox.evaluation.likelihood import Request, generations, harness, log_likelihoods
 from iprox.models.device import dtype_of, pick_device
+from iprox.models.flops import network_of
 from iprox.models.load import load_model, load_tokenizer
+from iprox.numerics import flops
 from iprox.progress import track
 from iprox.store.job import Job, Metrics
 from iprox.store.tables import read_arrow, read_metadata, write_table
@@ -139,9 +141,7 @@ def make(job: Job) -> Metrics:
     counts = _counts(prepared)
     text = json.dumps({**summary, **counts}, indent=1, sort_keys=True, allow_nan=False)
     (job.out / "metrics.json").write_text(text + "\n", encoding="utf-8")
-    tokens = _tokens_seen(prepared, results)
-    parameters = sum(p.numel() for p in model.parameters())
-    return {**counts, "tokens": tokens, "flops": float(2 * parameters * tokens)}
+    return {**counts, **work(prepared, results, network_of(model))}
 
 
 @dataclass(frozen=True)
@@ -326,15 +326,32 @@ def _judge_generation(item: Prepared, text: str, how: Generation) -> Row:
     }
 
 
-def _tokens_seen(prepared: Sequence[Prepared], results: Sequence[Row]) -> int:
-    """Tokens the model read or wrote; contexts that several requests share count once."""
+def work(
+    prepared: Sequence[Prepared], results: Sequence[Row], net: flops.Network
+) -> dict[str, int | float]:
+    """Tokens the model read or wrote, and FLOPs; contexts that requests share count once.
+
+    Args:
+        prepared: The items.
+        results: Their rows, in the same order.
+        net: The model.
+    """
     contexts = {
         tuple(request.context + request.continuation[:-1])
         for item in prepared
         for request in item.requests
     }
-    generated = [int(r["n_tokens"]) for r in results if r.get("generation") is not None]
-    return sum(map(len, contexts)) + sum(generated)
+    load = flops.Load.of(map(len, contexts), 0)
+    answers = [
+        (len(item.prompt), int(row["n_tokens"]) - len(item.prompt))
+        for item, row in zip(prepared, results, strict=True)
+        if row.get("generation") is not None
+    ]
+    generated = sum(flops.generation(net, prompt, new) for prompt, new in answers)
+    return {
+        "tokens": int(load.tokens) + sum(map(sum, answers)),
+        "flops": flops.evaluation(net, load) + generated,
+    }
 
 
 def _counts(prepared: Sequence[Prepared]) -> dict[str, int]:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from iprox.data.chat import IGNORED, Encoded
 from iprox.engine.capture import backward_pass, input_sites
+from iprox.models.flops import load_of, network_of
+from iprox.numerics import flops
 from iprox.numerics.ranks import rank_for
 from iprox.numerics.sampling import stratified_positions
 from iprox.progress import track
@@ -36,7 +38,7 @@ def make(job: Job) -> Metrics:
     gradients are those of each example's own loss.
 
     Returns:
-        Counts of examples and tokens.
+        Counts of positions (tokens), of the examples and tokens passed, and FLOPs.
 
     Raises:
         DataError: No probe example has a supervised token.
@@ -83,7 +85,14 @@ def make(job: Job) -> Metrics:
                 put(store, name, array, ("tokens", "in" if name.startswith("inputs/") else "out"))
     if n_tokens < wanted:
         log.warning("the probe examples have %d usable positions, %d were asked", n_tokens, wanted)
-    return {**counts, "passes": len(groups)}
+    load = load_of(usable.encoded)
+    return {
+        **counts,
+        "passes": len(groups),
+        "tokens_passed": int(load.tokens),
+        "supervised": int(load.supervised),
+        "flops": flops.probe(network_of(reader.model, reader.layers), load, len(groups)),
+    }
 
 
 def draw(encoded: list[Encoded], section: ProbeSection, tokens: int) -> list[np.ndarray]:

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from iprox.data.batches import collate
 from iprox.data.chat import Encoded, pad_id
-from iprox.engine.align import Alignment, LayerPoint, Point, align_proxy, hold_out
+from iprox.engine.align import MAX_COMPARED, Alignment, LayerPoint, Point, align_proxy, hold_out
 from iprox.engine.loss import Batch
 from iprox.errors import ArtifactError
 from iprox.models.device import dtype_of, pick_device
+from iprox.models.flops import load_of, network_of
+from iprox.models.layers import scored_linears
 from iprox.models.load import as_proxy, load_model, load_tokenizer, save_proxy
 from iprox.models.lowrank import find_linear
+from iprox.numerics import flops
 from iprox.numerics.alignment import FactorPair
 from iprox.numerics.ghost import widen
 from iprox.stages.texts import pool_texts, split_ids
@@ -61,7 +64,7 @@ def make(job: Job) -> Metrics:
 
     Returns:
         Parameters of the proxy; steps done and asked for, the step kept, held-out fidelity of
-        the start and of what was kept, and counts of examples and tokens.
+        the start and of what was kept, counts of examples and tokens, and FLOPs.
 
     Raises:
         ArtifactError: The factors cannot be read.
@@ -118,7 +121,7 @@ def n_parameters(target: nn.Module, factors: dict[str, FactorPair]) -> int:
 
 def unaligned() -> Metrics:
     """Metrics of a proxy that was not aligned."""
-    return {"steps": 0, "planned_steps": 0, "chosen_step": 0}
+    return {"steps": 0, "planned_steps": 0, "chosen_step": 0, "flops": 0.0}
 
 
 def summary(run: Alignment) -> Metrics:
@@ -146,6 +149,8 @@ def _align(
     texts = pool_texts(job.parents["pool"], ids, tokenizer, chat)
     examples = texts.supervised_only().encoded
     train, heldout = hold_out(len(examples), align)
+    learnt, held = ([examples[i] for i in places] for places in (train, heldout))
+    layers = job.section(LayersSection, "layers")
     pad = pad_id(tokenizer)
 
     def batch(chosen: Sequence[Encoded]) -> Batch:
@@ -157,20 +162,50 @@ def _align(
     run = align_proxy(
         target,
         proxy,
-        [examples[i] for i in train],
-        [examples[i] for i in heldout],
+        learnt,
+        held,
         batch,
         align,
-        layers=job.section(LayersSection, "layers"),
+        layers=layers,
         balanced=job.params["gauge"] == "balanced",
         reduction=job.section(InfluenceSection, "influence").loss_reduction,
     )
     return run, {
+        "flops": _operations(run, target, proxy, learnt, held, align, layers),
         "train_examples": len(train),
         "heldout_examples": len(heldout),
         "truncated": texts.n_truncated,
         "unsupervised": texts.n_unsupervised,
     }
+
+
+def _operations(
+    run: Alignment,
+    target: Any,
+    proxy: Any,
+    train: Sequence[Encoded],
+    heldout: Sequence[Encoded],
+    align: AlignSection,
+    layers: LayersSection,
+) -> float:
+    """Floating-point operations of an alignment."""
+    once = load_of(train)
+    how = flops.Anchoring(
+        hvp=align.hvp,
+        exact=align.grad == "exact",
+        kl=align.lambda_kl > 0,
+        all_positions=align.kl_positions == "all",
+    )
+    return flops.alignment(
+        network_of(target, scored_linears(target, layers)),
+        network_of(proxy, scored_linears(proxy, layers)),
+        once.times(run.tokens / once.tokens),
+        load_of(heldout),
+        how,
+        candidates=sum(point.split == "heldout" for point in run.curve),
+        compared=load_of(heldout[:MAX_COMPARED]),
+        chunk=2 * align.batch,
+    )
 
 
 def _write(

@@ -14,6 +14,8 @@ from iprox.data.chat import Encoded
 from iprox.engine.loss import Batch
 from iprox.engine.scoring import Scorer, mean_gradient
 from iprox.errors import NumericsError
+from iprox.models.flops import load_of, network_of
+from iprox.numerics import flops
 from iprox.progress import Track, track
 from iprox.stages.passes import Reader, open_reader
 from iprox.stages.texts import Texts, query_texts
@@ -34,7 +36,7 @@ def make(job: Job) -> Metrics:
     all layers; ``group`` (groups,) the groups' names.
 
     Returns:
-        Counts of queries and tokens.
+        Counts of queries, groups, tokens and supervised tokens, and FLOPs.
 
     Raises:
         DataError: No query has a supervised token.
@@ -75,7 +77,13 @@ def make(job: Job) -> Metrics:
             norms.append(_norm(gradients, group))
     put(store, "norms", np.array(norms), ("groups",))
     put(store, "group", np.array(list(groups)), ("groups",))
-    return {**texts.counts(), "groups": len(groups)}
+    load = load_of(texts.encoded)
+    unit = influence.val_agg == "mean_unit"
+    return {
+        **texts.counts(),
+        "groups": len(groups),
+        "flops": flops.query(network_of(reader.model, reader.layers), load, unit),
+    }
 
 
 def group_queries(texts: Texts, val_agg: str) -> dict[str, list[Encoded]]:

@@ -154,6 +154,7 @@ def _load_pretrained(name: str, section: TargetSection, revision: str | None) ->
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     shared = {"revision": revision, "trust_remote_code": section.trust_remote_code}
+    log.info("reading %s; what is not on this machine is downloaded first", section.model)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,

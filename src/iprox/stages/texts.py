@@ -52,6 +52,7 @@ class Texts:
         return {
             "examples": len(self.encoded),
             "tokens": sum(map(len, self.encoded)),
+            "supervised": sum(e.supervised for e in self.encoded),
             "truncated": self.n_truncated,
             "unsupervised": self.n_unsupervised,
         }

@@ -30,6 +30,7 @@ from typing import Any
 import iprox
 from iprox.errors import ArtifactError
 from iprox.logs import log_to
+from iprox.progress import loops, throughput
 from iprox.store.job import Job, Metrics
 from iprox.store.manifest import (
     MANIFEST,
@@ -51,6 +52,8 @@ Make = Callable[[Job], Metrics]
 
 NUMERIC_LIBRARIES = ("torch", "transformers", "numpy", "tokenizers")
 SHARD = "shard.zarr"
+RATE = "_per_s"
+"""How the names of metrics end that are rates."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +162,12 @@ def _make(make: Make, request: Request, rows: tuple[int, int] | None, kept: Path
             data_dir=request.data_dir,
             cache_dir=request.store.parent / ".cache",
         )
+        _watch_device_memory()
         start = time.monotonic()
-        metrics = make(job)
+        with loops() as ended:
+            metrics = make(job)
         seconds = time.monotonic() - start
+        metrics = {**throughput(ended), **metrics}
         if request.shard is not None:
             (out / SHARD).rename(out / f"shard-{request.shard[0]:05d}.zarr")
         manifest = describe(job.stage, out)
@@ -303,17 +309,24 @@ def gather(folder: Path, shards: list[Path], spec: Mapping[str, Any]) -> None:
 
 
 def _joined(made: list[dict[str, Any]]) -> dict[str, Any]:
-    """Provenance of a whole: seconds, tokens and other counts are summed, peaks are the largest."""
+    """Provenance of a whole: counts are summed, rates averaged over time, peaks the largest."""
     metrics: dict[str, Any] = {}
     for part in made:
         for name, value in part["metrics"].items():
-            is_count = isinstance(value, (int, float)) and not isinstance(value, bool)
-            metrics[name] = metrics.get(name, 0) + value if is_count else value
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                weight = part["metrics"].get("loop_s", 0) if name.endswith(RATE) else 1
+                metrics[name] = metrics.get(name, 0) + value * weight
+            else:
+                metrics[name] = value
+    if metrics.get("loop_s"):
+        rates = {n: round(v / metrics["loop_s"], 3) for n, v in metrics.items() if n.endswith(RATE)}
+        metrics |= rates
+    peaks = {n for part in made for n in part if n.startswith("peak_")}
     return {
         **made[0],
         "metrics": metrics,
-        "peak_memory_bytes": max(part["peak_memory_bytes"] for part in made),
-        "seconds": sum(part["seconds"] for part in made),
+        **{name: max(part.get(name, 0) for part in made) for name in peaks},
+        "seconds": round(sum(part["seconds"] for part in made), 3),
         "shards": len(made),
     }
 
@@ -324,9 +337,15 @@ def provenance(request: Request, metrics: Metrics, seconds: float) -> dict[str, 
         "code": request.code,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "git_revision": _git_revision(),
-        "host": {"cpus": os.cpu_count(), "machine": platform.machine(), "device": _device()},
+        "host": {
+            "cpus": os.cpu_count(),
+            "device": _device(),
+            "machine": platform.machine(),
+            "threads": _threads(),
+        },
         "metrics": metrics,
         "peak_memory_bytes": _peak_memory(),
+        **_peak_device_memory(),
         "seconds": round(seconds, 3),
         "versions": {"iprox": iprox.__version__, "python": platform.python_version()}
         | versions((*NUMERIC_LIBRARIES, "safetensors", "zarr", "pyarrow", "pandas", "datasets")),
@@ -339,9 +358,51 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def _peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
+    """Largest resident size of this process so far, in bytes.
+
+    On Linux of the program that runs now; ``getrusage`` would count the one that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _watch_device_memory() -> None:
+    """Let the peak of the device's memory begin now."""
+    if _on_cuda():
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_device_memory() -> dict[str, int]:
+    """Most memory that tensors took on the CUDA device, in bytes; nothing without one."""
+    if not _on_cuda():
+        return {}
+    import torch
+
+    return {"peak_device_memory_bytes": int(torch.cuda.max_memory_allocated())}
+
+
+def _on_cuda() -> bool:
+    if "torch" not in sys.modules:
+        return False
+    from iprox.models.device import pick_device
+
+    return pick_device().type == "cuda"
+
+
+def _threads() -> int:
+    """CPU threads the stage computed with."""
+    if "torch" not in sys.modules:
+        return 1
+    import torch
+
+    return torch.get_num_threads()
 
 
 def _device() -> str:

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,9 @@ from iprox.data.chat import Encoded, pad_id
 from iprox.engine.loss import Batch, attention_mask
 from iprox.errors import ConfigError, DataError, NumericsError, shorten
 from iprox.models.device import dtype_of, make_deterministic, pick_device
+from iprox.models.flops import load_of, network_of
 from iprox.models.load import load_model, load_tokenizer
+from iprox.numerics import flops
 from iprox.progress import Track, track
 from iprox.store.tables import write_table
 
@@ -60,19 +62,21 @@ class Training:
         log: A row for each optimizer step: step, epoch, loss (token mean), lr, grad_norm.
         tokens: Tokens seen, epochs counted, without padding.
         parameters: Parameters trained.
+        flops: Operations of all passes.
     """
 
     log: pd.DataFrame
     tokens: int
     parameters: int
+    flops: float
 
     def metrics(self) -> dict[str, int | float]:
-        """Figures for provenance; FLOPs as 6 per parameter and token (arXiv:2001.08361)."""
+        """Figures for provenance."""
         return {
             "steps": len(self.log),
             "tokens": self.tokens,
             "parameters": self.parameters,
-            "flops": float(6 * self.parameters * self.tokens),
+            "flops": self.flops,
             "loss_first": float(self.log["loss"].iloc[0]),
             "loss_last": float(self.log["loss"].iloc[-1]),
         }
@@ -196,23 +200,25 @@ def fine_tune(
     micro = micro_batch or micro_batch_size(examples, settings.batch)
     steps = math.ceil(settings.epochs * math.ceil(len(examples) / settings.batch))
     with tempfile.TemporaryDirectory() as scratch, track(steps, "steps", label) as progress:
-        recorder = _recorder(progress)
+        collator = _Collator(pad_token_id)
+        recorder = _recorder(progress, collator)
         trainer = _trainer(
             model=model,
             args=_arguments(settings, steps, micro, bf16, Path(scratch)),
             train_dataset=examples,
-            data_collator=_collator(pad_token_id),
+            data_collator=collator,
             callbacks=[recorder],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.config.use_cache = use_cache  # Trainer turns it off, and it would be saved so
     model.requires_grad_(False).eval()
-    seen = sum(len(e) for e in examples)
+    load = load_of(examples).times(settings.epochs)
     return Training(
         log=pd.DataFrame(recorder.rows, columns=list(LOG_COLUMNS)),
-        tokens=round(seen * settings.epochs),
+        tokens=round(load.tokens),
         parameters=parameters,
+        flops=flops.training(network_of(model), load, not settings.freeze_embed_head),
     )
 
 
@@ -331,19 +337,34 @@ def _trainer(**arguments: Any) -> Trainer:
     return Trainer(**arguments)
 
 
-def _collator(pad_token_id: int) -> Callable[[Sequence[Encoded]], dict[str, Tensor]]:
-    """A function that pads examples to the tensors a model takes."""
+class _Collator:
+    """Pads examples to the tensors a model takes, and counts what it was given.
 
-    def collate_inputs(examples: Sequence[Encoded]) -> dict[str, Tensor]:
-        batch = Batch(*collate(examples, pad_token_id))
+    Attributes:
+        tokens: Tokens since they were last counted.
+        examples: Examples, likewise.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+        self.tokens = self.examples = 0
+
+    def __call__(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:
+        batch = Batch(*collate(examples, self.pad_token_id))
+        self.tokens += int(batch.lengths.sum())
+        self.examples += len(examples)
         mask = attention_mask(batch)
         inputs = {"input_ids": batch.input_ids, "labels": batch.labels}
         return inputs if mask is None else inputs | {"attention_mask": mask}
 
-    return collate_inputs
+    def take(self) -> dict[str, int]:
+        """Tokens and examples since the last call."""
+        counts = {"tokens": self.tokens, "examples": self.examples}
+        self.tokens = self.examples = 0
+        return counts
 
 
-def _recorder(progress: Track) -> Any:
+def _recorder(progress: Track, collator: _Collator) -> Any:
     """A ``TrainerCallback`` that keeps a row per step, shows progress, and stops at a NaN."""
     from transformers import TrainerCallback
 
@@ -368,6 +389,6 @@ def _recorder(progress: Track) -> Any:
             self.rows.append(
                 (state.global_step, float(state.epoch), loss, float(logs["learning_rate"]), norm)
             )
-            progress.advance(1, note=f"loss {loss:.3f}")
+            progress.advance(1, note=f"loss {loss:.3f}", **collator.take())
 
     return Recorder()

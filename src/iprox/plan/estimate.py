@@ -1,0 +1,460 @@
+"""What a planned stage takes: operations, memory and disk, from shapes and token counts.
+
+Operations are exact for given token counts; memory is a sum of the parts that grow with the
+model or the data, and good to a few tenths. Nothing is loaded, no tensor library imported.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+from iprox.numerics import flops
+from iprox.numerics.flops import Load, Network
+from iprox.numerics.ranks import (
+    Architecture,
+    block_shapes,
+    max_useful_rank,
+    model_size,
+    rank_for,
+)
+from iprox.plan.plan import Node
+from iprox.plan.volumes import Texts, Volumes
+
+BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+
+BATCH_TOKENS = {"cpu": 512, "gpu": 8192}
+"""Tokens of a batch that is scored."""
+
+MICRO_BATCH_TOKENS = {"cpu": 1024, "gpu": 16384}
+"""Tokens of one forward pass in training."""
+
+EVALUATION_TOKENS = {"cpu": 1024, "gpu": 8192}
+"""Tokens of a batch whose likelihoods are asked for."""
+
+PROCESS = 450_000_000
+"""Bytes of a process that has loaded torch and transformers; main memory only."""
+
+SMALL_PROCESS = 250_000_000
+"""Bytes of a process that has not loaded transformers."""
+
+MAX_COMPARED = 24
+MIN_HELDOUT = 4
+"""Held-out examples of an alignment: whose gradients are compared at most, held out at least."""
+
+FACTOR_COPIES = 11
+"""Tensors of the factors' size in an alignment: gradients, both Adam moments, the start, the
+best and the current candidate, and the parts of the gradient."""
+
+SHARD_BYTES = 6500
+"""Bytes of a scoring shard besides what it holds of each example."""
+
+LONGEST = 2.0
+"""The longest example of a batch, in units of the mean length."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one stage takes.
+
+    Attributes:
+        flops: Floating-point operations; 0 for stages that pass nothing through a model.
+        memory: Peak bytes: of the GPU's memory, or on a CPU of the process's.
+        disk: Bytes of its files.
+        tokens: Tokens passed through a model.
+    """
+
+    flops: float = 0.0
+    memory: float = SMALL_PROCESS
+    disk: float = 0.0
+    tokens: float = 0.0
+
+
+class Estimator:
+    """Works out the need of stages whose ancestors lead to one target.
+
+    Args:
+        arch: Sizes of the target.
+        volumes: Numbers of examples and tokens.
+        on_gpu: Whether models are on a GPU.
+    """
+
+    def __init__(self, arch: Architecture, volumes: Volumes, on_gpu: bool = False) -> None:
+        self.arch, self.volumes = arch, volumes
+        self.device = "gpu" if on_gpu else "cpu"
+        self.process = 0 if on_gpu else PROCESS
+
+    def need(self, node: Node) -> Need:
+        """The need of one stage."""
+        by_stage: Mapping[str, Callable[[Node], Need]] = {
+            "target": self._target,
+            "warmup": self._warmup,
+            "probe": self._probe,
+            "decomposition": self._decomposition,
+            "factors": self._factors,
+            "proxy": self._proxy,
+            "query": self._query,
+            "features": self._features,
+            "ranking": self._ranking,
+            "finetune": self._finetune,
+            "evaluation": self._evaluation,
+        }
+        estimate = by_stage.get(node.stage)
+        return Need() if estimate is None else estimate(node)
+
+    # --- models ------------------------------------------------------------------------------
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the target."""
+        return model_size(self.arch).total
+
+    def network(self, model: Node, layers: Mapping[str, Any] | None = None) -> Network:
+        """Matrix products of a planned model.
+
+        Args:
+            model: A target, warmup, finetune or proxy stage.
+            layers: Patterns of the layers that are scored; all when absent.
+        """
+
+        def scored(name: str) -> bool:
+            return layers is None or _selected(f"model.{name}", layers)
+
+        if model.stage != "proxy":
+            return Network.plan(self.arch, scored=scored)
+        cut = model.parents["factors"].params["factors"]
+        chosen = model.params["layers"] if layers is None else layers
+
+        def rank(name: str, out_dim: int, in_dim: int) -> int | None:
+            if not _selected(f"model.{name}", chosen):
+                return None
+            return rank_for(
+                out_dim,
+                in_dim,
+                cut["sparsity"],
+                cut["rank_multiple"],
+                cut["rank_rounding"],
+                cut["dense_rule"],
+            )
+
+        return Network.plan(self.arch, rank, scored)
+
+    def model_parameters(self, net: Network) -> int:
+        """Parameters of a model with these matrices."""
+        size = model_size(self.arch)
+        return size.total - size.linears + net.weights()
+
+    def activations(self, net: Network, tokens: float, element: int) -> float:
+        """Bytes that a pass keeps for its backward pass.
+
+        Per token and block: eight vectors of the hidden width (the residual stream, both norms
+        and their inputs), queries, keys and values twice, four of the feed-forward width; and of
+        a factorised layer what is between its factors.
+        """
+        arch = self.arch
+        width = 8 * arch.hidden + 4 * arch.ff
+        width += 2 * (arch.heads + 2 * arch.kv_heads) * arch.head_dim
+        inner = sum(
+            n * x.out_dim for x, n in net.linears.items() if x.factor and x.out_dim < x.in_dim
+        )
+        return element * tokens * (arch.blocks * width + inner)
+
+    def logits(self, positions: float) -> float:
+        """Bytes of logits in float32, their softmax and its gradient."""
+        return 3 * 4 * positions * self.arch.vocab
+
+    def _batch(self, budget: Mapping[str, int], texts: Texts) -> float:
+        """Tokens of a full batch, padding included; less when there are fewer texts."""
+        whole = LONGEST * texts.tokens * texts.n
+        return max(min(budget[self.device], whole), LONGEST * texts.tokens)
+
+    # --- texts -------------------------------------------------------------------------------
+
+    def split_texts(self, node: Node, role: str = "split") -> Texts:
+        """Examples of the split that a stage reads."""
+        pool = node.parents["pool"]
+        texts = self.volumes.examples(node, pool)
+        return texts._replace(n=_share(node.parents[role].params["split"]["size"], texts.n))
+
+    # --- stages ------------------------------------------------------------------------------
+
+    def _target(self, node: Node) -> Need:
+        weights = self.parameters * BYTES[node.params["target"]["dtype"]]
+        return Need(memory=self.process + 2.5 * weights, disk=weights)
+
+    def _warmup(self, node: Node) -> Need:
+        section = node.params["warmup"]
+        return self._training(node, self.split_texts(node), section)
+
+    def _finetune(self, node: Node) -> Need:
+        pool = node.parents["selection"].parents["pool"]
+        texts = self.volumes.examples(node, pool)
+        fraction = node.parents["selection"].params["select"]["fraction"]
+        n = max(1, math.floor(Fraction(str(fraction)) * texts.n))
+        if node.params["subset"]["task"] == "all":
+            ranking = node.parents["selection"].parents["ranking"].params
+            several = ranking["scorer"]["kind"] != "random"  # a random order is every task's
+            n = min(texts.n, n * len(ranking["tasks"])) if several else n
+        return self._training(node, texts._replace(n=n), node.params["finetune"])
+
+    def _training(self, node: Node, texts: Texts, section: Mapping[str, Any]) -> Need:
+        """Full fine-tuning in float32 with AdamW; the result in the study's precision."""
+        net = Network.plan(self.arch)
+        load = _load(texts).times(section["epochs"])
+        frozen = section["freeze_embed_head"]
+        trained = self.parameters - (model_size(self.arch).embeddings if frozen else 0)
+        micro = min(
+            MICRO_BATCH_TOKENS[self.device],
+            LONGEST * texts.tokens * min(texts.n, section["batch"]),
+        )
+        element = BYTES[node.params["compute"]["dtype"]]
+        state = 4 * (self.parameters + 3 * trained)
+        return Need(
+            flops=flops.training(net, load, head_trained=not frozen),
+            memory=self.process
+            + state
+            + self.activations(net, micro, element)
+            + self.logits(micro),
+            disk=self.parameters * element,
+            tokens=load.tokens,
+        )
+
+    def _pass_memory(self, net: Network, texts: Texts, element: int) -> float:
+        """A frozen model and one batch."""
+        tokens = self._batch(BATCH_TOKENS, texts)
+        return (
+            self.process
+            + element * self.model_parameters(net)
+            + self.activations(net, tokens, element)
+            + self.logits(tokens * texts.supervised)
+        )
+
+    def _probe(self, node: Node) -> Need:
+        net = self.network(node.parents["warmup"], node.params["layers"])
+        texts, element = self.split_texts(node), BYTES[node.params["compute"]["dtype"]]
+        rows = self.probe_rows(node)
+        width = sum(
+            n * (linear.out_dim + (linear.in_dim if linear.own_input else 0))
+            for linear, n in net.linears.items()
+            if linear.scored
+        )
+        recorded = 4.0 * rows * width
+        host = 0 if self.device == "gpu" else recorded  # rows are kept in main memory
+        return Need(
+            flops=flops.probe(net, _load(texts)),
+            memory=self._pass_memory(net, texts, element) + host,
+            disk=recorded,
+            tokens=texts.n * texts.tokens,
+        )
+
+    def probe_rows(self, node: Node) -> int:
+        """Token positions of a probe; by the paper's rule the largest rank, rounded up to 128."""
+        section = node.params["probe"]
+        tokens = section["tokens"]
+        if tokens == "rank":
+            rule = section["rank_rule"]
+            ranks = [
+                rank_for(out, in_, rule["sparsity"], *_rounding(rule)) or 0
+                for out, in_ in block_shapes(self.arch).values()
+            ]
+            tokens = min(max(-(-max(ranks) // 128) * 128, 512), 2048)
+        texts = self.split_texts(node)
+        return int(min(tokens, texts.n * texts.tokens))
+
+    def _decomposition(self, node: Node) -> Need:
+        section = node.params["decomposition"]
+        probe = node.parents.get("probe")
+        rows = 0 if probe is None else self.probe_rows(probe)
+        total, kept_weights, largest = 0.0, 0, 0
+        for out_dim, in_dim in self._selected_shapes(node.params["layers"]):
+            kept = max(1, max_useful_rank(out_dim, in_dim, section["dense_rule"]))
+            kept_weights += kept * (out_dim + in_dim)
+            largest = max(largest, out_dim * in_dim, max(out_dim, in_dim) ** 2)
+            if section["kind"] == "svd":
+                total += flops.plain_svd(out_dim, in_dim, kept)
+            else:
+                paper = section["mode"] == "paper"
+                solve = flops.ipsvd_paper if paper else flops.ipsvd_exact
+                total += solve(out_dim, in_dim, rows, kept)
+        memory = 4 * kept_weights + 6 * 8 * largest
+        return Need(flops=total, memory=SMALL_PROCESS + memory, disk=4 * kept_weights)
+
+    def _factors(self, node: Node) -> Need:
+        decomposition = node.parents["decomposition"]
+        section, weights, directions = node.params["factors"], 0, 0
+        for out_dim, in_dim in self._selected_shapes(decomposition.params["layers"]):
+            rank = rank_for(out_dim, in_dim, section["sparsity"], *_rounding(section)) or 0
+            weights += rank * (out_dim + in_dim)
+            kept = max_useful_rank(out_dim, in_dim, section["dense_rule"])
+            directions += kept * (out_dim + in_dim)
+        return Need(memory=SMALL_PROCESS + 4 * (weights + directions), disk=4 * weights)
+
+    def _selected_shapes(self, layers: Mapping[str, Any]) -> list[tuple[int, int]]:
+        return [
+            shape
+            for block in range(self.arch.blocks)
+            for kind, shape in block_shapes(self.arch).items()
+            if _selected(f"model.layers.{block}.{kind}", layers)
+        ]
+
+    def _proxy(self, node: Node) -> Need:
+        section, element = node.params["align"], BYTES[node.params["compute"]["dtype"]]
+        net = self.network(node, node.params["layers"])
+        target = self.network(node.parents["warmup"], node.params["layers"])
+        weights = element * self.model_parameters(net)
+        dense = element * self.parameters
+        if section["epochs"] == 0:
+            memory = SMALL_PROCESS + dense + 4 * net.factor_weights
+            return Need(memory=memory, disk=weights)
+        texts = self.split_texts(node)
+        steps = _Steps(texts.n, section)
+        batch = texts._replace(n=section["batch"])
+        tokens = LONGEST * batch.n * batch.tokens
+        observed = sum(n * (x.out_dim + x.in_dim) for x, n in target.linears.items() if x.scored)
+        passes = self.activations(net, tokens, 4) * (3 if _is_second_order(section) else 1)
+        supervised = tokens if section["kl_positions"] == "all" else tokens * texts.supervised
+        return Need(
+            flops=flops.alignment(
+                target,
+                net,
+                _load(texts._replace(n=1)).times(steps.seen),
+                _load(texts._replace(n=steps.heldout)),
+                _anchoring(section),
+                candidates=steps.candidates,
+                compared=_load(texts._replace(n=min(steps.heldout, MAX_COMPARED))),
+                chunk=2 * section["batch"],
+            ),
+            memory=self.process
+            + dense
+            + 4 * self.model_parameters(net)
+            + 4 * FACTOR_COPIES * net.factor_weights
+            + element * tokens * observed
+            + passes
+            + self.logits(supervised),
+            disk=weights,
+            tokens=steps.seen * texts.tokens,
+        )
+
+    def _query(self, node: Node) -> Need:
+        net = self.network(node.parents["model"], node.params["layers"])
+        texts = self.volumes.queries(node, node.parents["task"])
+        unit = node.params["influence"]["val_agg"] == "mean_unit"
+        stored = 4.0 * net.scored_weights
+        element = BYTES[node.params["compute"]["dtype"]]
+        return Need(
+            flops=flops.query(net, _load(texts), unit),
+            memory=self._pass_memory(net, texts, element) + stored,
+            disk=stored * self.volumes.groups(node),
+            tokens=texts.n * texts.tokens,
+        )
+
+    def _features(self, node: Node) -> Need:
+        net = self.network(node.parents["model"], node.params["layers"])
+        pool = node.parents["pool"]
+        texts = self.volumes.examples(node, pool)
+        if "split" in node.parents:
+            size = node.parents["split"].params["split"]["size"]
+            texts = texts._replace(n=_share(size, texts.n))
+        queries = [parent for role, parent in node.parents.items() if role.startswith("query/")]
+        n_queries = sum(map(self.volumes.groups, queries))
+        element = BYTES[node.params["compute"]["dtype"]]
+        return Need(
+            flops=flops.features(net, _load(texts), n_queries),
+            memory=self._pass_memory(net, texts, element) + 4 * n_queries * net.scored_weights,
+            disk=texts.n * (8 * n_queries + 60) + SHARD_BYTES * node.shards,
+            tokens=texts.n * texts.tokens,
+        )
+
+    def _ranking(self, node: Node) -> Need:
+        pool = next(n for n in _ancestors(node) if n.stage == "pool")
+        return Need(disk=24 * len(node.params["tasks"]) * self.volumes.pool(pool))
+
+    def _evaluation(self, node: Node) -> Need:
+        net = Network.plan(self.arch)
+        texts = self.volumes.tests(node, node.parents["task"])
+        element = BYTES[node.params["compute"]["dtype"]]
+        positions = self._batch(EVALUATION_TOKENS, texts)
+        return Need(
+            flops=flops.evaluation(net, _load(texts)),
+            memory=self.process + element * self.parameters + self.logits(positions),
+            disk=200 * texts.n,
+            tokens=texts.n * texts.tokens,
+        )
+
+
+class _Steps:
+    """How many examples an alignment holds out, sees, and how often it judges."""
+
+    def __init__(self, n_examples: int, section: Mapping[str, Any]) -> None:
+        share = math.ceil(section["heldout"] * n_examples)
+        self.heldout = min(max(MIN_HELDOUT, share), n_examples - 1)
+        train = n_examples - self.heldout
+        per_epoch = math.ceil(train / section["batch"])
+        total = max(1, round(section["epochs"] * per_epoch))
+        every = section["evaluate_every"] or per_epoch
+        self.seen = total * train / per_epoch
+        self.candidates = 1 + total // every + (total % every > 0)
+
+
+def needs_model(node: Node) -> bool:
+    """Whether a stage passes texts through a model."""
+    return node.stage in {
+        "warmup",
+        "probe",
+        "proxy",
+        "query",
+        "features",
+        "finetune",
+        "evaluation",
+    }
+
+
+def _load(texts: Texts) -> Load:
+    return Load.even(texts.n, texts.tokens, texts.supervised)
+
+
+def _share(size: float, n_pool: int) -> int:
+    """Examples of a split: a count, or a share of the pool; never more than there are."""
+    if isinstance(size, int):
+        return min(size, n_pool)
+    return max(1, math.floor(Fraction(str(size)) * n_pool))
+
+
+def _selected(name: str, layers: Mapping[str, Any]) -> bool:
+    """Whether a layer is among those a study's patterns choose."""
+
+    def matches(patterns: list[str]) -> bool:
+        return any(
+            fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*.{p}") for p in patterns
+        )
+
+    return matches(layers["include"]) and not matches(layers["exclude"])
+
+
+def _rounding(section: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    return section["rank_multiple"], section["rank_rounding"], section["dense_rule"]
+
+
+def _anchoring(section: Mapping[str, Any]) -> flops.Anchoring:
+    return flops.Anchoring(
+        hvp=section["hvp"],
+        exact=section["grad"] == "exact",
+        kl=section["lambda_kl"] > 0,
+        all_positions=section["kl_positions"] == "all",
+    )
+
+
+def _is_second_order(section: Mapping[str, Any]) -> bool:
+    return bool(section["hvp"] != "central_diff")
+
+
+def _ancestors(node: Node) -> list[Node]:
+    found = [node]
+    for parent in node.parents.values():
+        found += _ancestors(parent)
+    return found

@@ -1,0 +1,401 @@
+"""Predictions of cost: by hand on small cases, against real models, and against earlier runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ARCHITECTURES, tiny_model
+from typer.testing import CliRunner
+
+from iprox.cli.costing import Question, forecast
+from iprox.cli.main import app
+from iprox.errors import ConfigError, ModelError
+from iprox.numerics.ranks import model_size
+from iprox.plan.estimate import Estimator, Need
+from iprox.plan.forecast import Line, Measured, check, comparable, makespan, measured_rates
+from iprox.plan.history import Made, read_history
+from iprox.plan.plan import Node, Plan, plan_study
+from iprox.plan.sizes import PACKAGED, architecture, find_architecture
+from iprox.plan.volumes import Volumes
+from iprox.store.manifest import MANIFEST, PROVENANCE, SPEC, dump_json
+from iprox.study.load import parse_study
+
+STUDY: dict[str, Any] = {
+    "study": "s",
+    "target": {"model": "models/tiny"},
+    "pool": {"path": "pool.jsonl", "limit": 100},
+    "tasks": [{"name": "own", "kind": "messages", "path": "own.jsonl", "queries": 6}],
+    "chat": {"max_length": 64},
+    "align": {"epochs": 1, "batch": 4, "hvp": "central_diff"},
+    "split": {"warmup": 0.1, "probe": 20, "align": 20, "fidelity": 100},
+    "runs": {"full": {"proxy": {"kind": "target"}}, "iprox": {"proxy": {"sparsity": 0.5}}},
+    "select": {"fraction": 0.25},
+    "shards": 4,
+}
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "vocab_size": 32,
+    "tie_word_embeddings": True,
+}
+ARCH = architecture(CONFIG)
+# q 8x8, k and v 4x8, o 8x8, gate, up, down 16x8
+LINEARS = 64 + 2 * 32 + 64 + 3 * 128
+TOKENS, SHARE = 10.0, 0.5
+
+
+def planned(**changes: Any) -> Plan:
+    return plan_study(parse_study(STUDY | changes))
+
+
+def node(plan: Plan, stage: str, part: str = "") -> Node:
+    found = [n for (s, i), n in plan.nodes.items() if s == stage and part in i]
+    assert found
+    return found[0]
+
+
+def volumes(**changes: Any) -> Volumes:
+    return Volumes((), length=TOKENS, **changes)
+
+
+# --- what a stage takes ------------------------------------------------------------------------
+
+
+def test_scoring_by_hand() -> None:
+    need = Estimator(ARCH, volumes()).need(node(planned(), "features", "target"))
+    one = 10 * LINEARS + 5 * 32 * 8  # multiply-adds of a forward pass, head at 5 positions
+    attention = 2 * 10 * 10 * 8  # scores and values of 2 heads of width 4
+    passes = 2 * 100 * (2 * one + 3 * attention)
+    products = 0
+    # (out, in) -> for each such layer, whether it is the first to read its input
+    firsts = {
+        (8, 8): [True, True],  # q, o
+        (4, 8): [False, False],  # k, v
+        (16, 8): [True, False],  # gate, up
+        (8, 16): [True],  # down
+    }
+    for (out, in_), layers in firsts.items():
+        for first in layers:
+            by_rows = 10 * out * in_ + 100 * (out + (in_ if first else 0))
+            formed = out * in_ * (10 + 2)
+            products += min(by_rows, formed)
+    assert need.flops == passes + 2 * 100 * products
+    assert need.tokens == 1000
+    assert need.disk == 100 * (8 + 60) + 4 * 6500  # four shards
+
+
+def test_training_by_hand() -> None:
+    plan = planned(finetune={"epochs": 2.0})
+    need = Estimator(ARCH, volumes()).need(node(plan, "finetune"))
+    tokens, attention = 25 * 10 * 2, 2 * 10 * 10 * 8
+    products = tokens * (LINEARS + 32 * 8)
+    assert need.flops == 2 * 3 * products + 2 * 3 * 50 * attention
+    assert need.tokens == tokens
+    assert need.disk == 4 * model_size(ARCH).total
+    warm = Estimator(ARCH, volumes()).need(node(plan, "warmup"))
+    assert warm.tokens == 10 * 10  # a tenth of the pool, one epoch
+    assert warm.flops == 2 * 3 * 100 * LINEARS + 2 * 2 * 100 * 256 + 2 * 3 * 10 * attention
+
+
+def test_a_query_stores_a_gradient_per_group_and_linear() -> None:
+    plan = planned()
+    dense = node(plan, "query", "target")
+    estimator = Estimator(ARCH, volumes())
+    assert estimator.need(dense).disk == 4 * LINEARS
+    thin = next(n for n in plan.nodes.values() if n.stage == "query" and n is not dense)
+    net = estimator.network(thin.parents["model"], thin.params["layers"])
+    assert estimator.need(thin).disk == 4 * net.factor_weights < 4 * LINEARS
+    assert estimator.need(thin).flops < estimator.need(dense).flops
+
+
+def test_needs_grow_with_the_pool_where_they_must() -> None:
+    plan = planned()
+    small, large = (
+        Estimator(ARCH, volumes(pools={plan.shared["pool"].id: n})) for n in (100, 1000)
+    )
+    for stage, factor in (("features", 10), ("warmup", 10), ("finetune", 10), ("query", 1)):
+        one = node(plan, stage)
+        assert large.need(one).flops == pytest.approx(factor * small.need(one).flops)
+    assert large.need(node(plan, "probe")).flops == small.need(node(plan, "probe")).flops
+
+
+def test_only_chosen_layers_are_scored_and_replaced() -> None:
+    layers = {"include": ["mlp.*"], "exclude": ["*down_proj"]}
+    plan = planned(proxy={"layers": layers})
+    estimator = Estimator(ARCH, volumes())
+    query = next(n for n in plan.nodes.values() if n.stage == "query" and "target" in n.id)
+    assert estimator.need(query).disk == 4 * 2 * 128
+    proxy = node(plan, "proxy")
+    net = estimator.network(proxy, proxy.params["layers"])
+    assert net.factor_weights == net.scored_weights
+    assert net.weights() - net.factor_weights == LINEARS - 2 * 128
+
+
+# --- sizes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_sizes_from_a_config_are_those_of_the_model(kind: str, tmp_path: Path) -> None:
+    model = tiny_model(kind)
+    model.config.save_pretrained(tmp_path)
+    found = architecture(json.loads((tmp_path / "config.json").read_text()))
+    assert model_size(found).total == sum(p.numel() for p in model.parameters())
+
+
+def test_sizes_of_packaged_models() -> None:
+    sizes = {name: model_size(arch).total for name, arch in PACKAGED.items()}
+    assert sizes == {"smollm2-135m": 134_515_008, "gemma3-270m": 268_098_176}
+
+
+def test_an_unknown_model_says_what_to_do(tmp_path: Path) -> None:
+    target = planned(target={"model": "org/absent"}).shared["target"]
+    with pytest.raises(ModelError, match="--model-config"):
+        find_architecture(target, tmp_path, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    arch, source = find_architecture(target, tmp_path, tmp_path, tmp_path)
+    assert arch == ARCH
+    assert "config.json" in source
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 8}))
+    with pytest.raises(ModelError, match="num_attention_heads"):
+        find_architecture(target, tmp_path, tmp_path, tmp_path)
+
+
+def test_the_hub_cache_and_a_local_folder_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name, folder in {
+        "org/cached": tmp_path / "hub/models--org--cached/snapshots/abc",
+        "models/local": tmp_path / "models/local",
+    }.items():
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(CONFIG))
+        target = planned(target={"model": name}).shared["target"]
+        assert find_architecture(target, tmp_path, tmp_path) == (
+            ARCH,
+            str(folder / "config.json"),
+        )
+
+
+# --- numbers of texts --------------------------------------------------------------------------
+
+
+def made(of: Node, seconds: float = 1.0, device: str = "cpu", **metrics: Any) -> Made:
+    provenance = {
+        "finished": "2026-01-01T00:00:00Z",
+        "host": {"device": device},
+        "metrics": metrics,
+        "peak_memory_bytes": 10**9,
+        "seconds": seconds,
+    }
+    return Made(of, provenance, 1000)
+
+
+def test_counted_numbers_win_over_assumed_ones() -> None:
+    plan = planned()
+    scoring, pool = node(plan, "features"), plan.shared["pool"]
+    assumed = Volumes(())
+    assert assumed.examples(scoring, pool) == (100, 64, 0.5)
+    assert "assumed" in " ".join(assumed.sources.values())
+    history = [
+        made(pool, n_examples=90),
+        made(scoring, examples=90, tokens=2700, supervised=900),
+        made(node(plan, "query"), examples=5, tokens=100),
+    ]
+    counted = Volumes(history)
+    assert counted.examples(scoring, pool) == (90, 30, pytest.approx(1 / 3))
+    assert counted.queries(node(plan, "query"), plan.shared["task-own"]) == (5, 20, 0.5)
+    # another number of the same texts: as long as before, as many as asked
+    other = planned(pool=STUDY["pool"] | {"limit": 40})
+    assert counted.examples(node(other, "features"), other.shared["pool"])[:2] == (40, 30)
+    longer = planned(chat={"max_length": 128})
+    assert counted.examples(node(longer, "features"), longer.shared["pool"])[:2] == (90, 128)
+
+
+def test_a_pool_of_unknown_size_is_asked_for() -> None:
+    plan = planned(pool={"path": "pool.jsonl"})
+    with pytest.raises(ConfigError, match="--pool N"):
+        Volumes(()).pool(plan.shared["pool"])
+    assert Volumes((), {plan.shared["pool"].id: 7}).pool(plan.shared["pool"]) == 7
+
+
+# --- rates and checks --------------------------------------------------------------------------
+
+
+def test_each_artifact_is_predicted_from_the_others() -> None:
+    plan = planned()
+    queries = [n for n in plan.nodes.values() if n.stage == "query"]
+    found = [
+        Measured(made(queries[0], 2.0), Need(100.0, 1e9, 1000)),  # 50 a second
+        Measured(made(queries[1], 1.0), Need(100.0, 2e9, 500)),  # 100 a second
+        Measured(made(node(plan, "features"), 10.0), Need(1000.0, 1e9, 1000)),
+        Measured(made(node(plan, "ranking"), 3.0), Need()),
+    ]
+    rates = measured_rates(found, 1e12, "here")
+    assert rates.per_stage == {"query": pytest.approx(200 / 3), "features": 100.0}
+    assert rates.seconds(queries[0], Need(200.0)) == pytest.approx(3.0)
+    assert rates.seconds(node(plan, "ranking"), Need()) == 3.0
+    assert rates.rate(node(plan, "probe")) == pytest.approx(1200 / 13)  # of all with a model
+    assert rates.rate(node(plan, "decomposition")) == 1e10  # nothing like it: assumed
+    rows = {row.stage: row for row in check(found, 1e12)}
+    assert set(rows) == {"query", "features"}
+    # 100 at the other's 100 a second: 1 s of 2; 100 at 50 a second: 2 s of 1
+    assert rows["query"].spread == (0.5, 2.0)
+    assert rows["query"].seconds == 1.25
+    assert (rows["query"].memory, rows["query"].disk) == (1.5, 0.75)
+    # features from the queries: 200 in 3 s
+    assert rows["features"].seconds == pytest.approx(1.5)
+
+
+def test_only_the_same_device_and_precision_tell_a_speed() -> None:
+    plan = planned()
+    rough = planned(target={"model": "models/tiny", "dtype": "bfloat16"})
+    history = [
+        made(node(plan, "query"), device="cpu"),
+        made(node(plan, "features"), device="NVIDIA GH200"),
+        made(node(rough, "features"), device="NVIDIA GH200"),
+    ]
+    history[1].provenance["finished"] = "2026-01-02T00:00:00Z"
+    kept, of = comparable(history, plan.shared["target"], None)
+    assert kept == history[1:2]
+    assert of == "models/tiny, float32, NVIDIA GH200"
+    assert comparable(history[:1], plan.shared["target"], on_gpu=True) == ([], "")
+    stranger = planned(target={"model": "models/other"}).shared["target"]
+    assert comparable(history, stranger, True) == (
+        history[1:2],
+        "other models, float32, NVIDIA GH200",
+    )
+
+
+def line(stage: str, id: str, seconds: float, *parents: Line, shards: int = 1) -> Line:
+    of = {str(i): parent.node for i, parent in enumerate(parents)}
+    return Line(Node(stage, id, {}, of, shards), Need(), seconds, False, ())
+
+
+def test_the_time_from_start_to_end() -> None:
+    pool = line("pool", "p", 5)
+    a, b, c = (line("query", x, s, pool) for x, s in (("a", 4), ("b", 3), ("c", 3)))
+    after_b = line("features", "d", 6, b)
+    found = [pool, a, b, c, after_b]
+    assert makespan(found, 1, 0) == 5 + 4 + 3 + 3 + 6
+    assert makespan(found, 2, 0) == 5 + 9  # b, d beside a, c: the longest chain goes first
+    assert makespan(found, 9, 0) == 5 + 9
+    assert makespan(found, 9, 1) == 5 + 9 + 3  # three jobs after each other, a second each
+    assert makespan([], 1) == 0
+
+
+def test_shards_run_side_by_side() -> None:
+    whole = [line("features", "f", 12, shards=4)]
+    assert [makespan(whole, devices, 0) for devices in (1, 2, 3, 4, 8)] == [12, 6, 6, 3, 3]
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the study and what it names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    (tmp_path / "study.yaml").write_text(json.dumps(STUDY))
+    for name in ("pool.jsonl", "own.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "models/tiny/config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def finish(root: Path, of: Node, **provenance: Any) -> None:
+    """Leave a finished artifact."""
+    path = root / of.folder
+    path.mkdir(parents=True)
+    (path / SPEC).write_text(dump_json(of.spec))
+    files = {"a": {"bytes": 600, "sha256": "0"}, "b": {"bytes": 400, "sha256": "0"}}
+    (path / MANIFEST).write_text(json.dumps({"files": files}))
+    about = {"finished": "2026-01-01T00:00:00Z", "host": {"device": "cpu"}, "metrics": {}}
+    (path / PROVENANCE).write_text(dump_json(about | {"peak_memory_bytes": 10**9} | provenance))
+
+
+def asked(folder: Path, *options: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["cost", "study.yaml", "--json", *options])
+    assert result.exit_code == 0, result.output
+    return dict(json.loads(result.output))
+
+
+def test_without_measurements_a_stated_rate_is_assumed(folder: Path) -> None:
+    answer = asked(folder)
+    assert answer["on_gpu"]
+    assert "120 TFLOP/s" in answer["basis"]["speed"]
+    assert answer["basis"]["checked"].startswith("never")
+    faster = asked(folder, "--tflops", "240")
+    for one, other in zip(answer["stages"], faster["stages"], strict=True):
+        if one["flops"]:
+            assert one["seconds"] == pytest.approx(2 * other["seconds"])
+    assert answer["flops"] == pytest.approx(sum(s["flops"] for s in answer["stages"]))
+    ids = [(s["stage"], s["id"]) for s in answer["stages"]]
+    assert len(ids) == len(set(ids))  # what runs share is there once
+    assert any(len(s["runs"]) == 2 for s in answer["stages"])
+
+
+def test_more_devices_shorten_the_way_and_not_the_work(folder: Path) -> None:
+    few, many = (
+        asked(folder, "--gpus", n, "--tflops", "1e-6", "--pool", "20000") for n in ("1", "4")
+    )
+    assert few["seconds"] == many["seconds"]
+    assert many["seconds_from_start_to_end"] < few["seconds_from_start_to_end"]
+
+
+def test_a_measured_rate_is_used_and_the_prediction_checked(folder: Path) -> None:
+    plan = planned()
+    chain = {"pool", "task", "target", "split", "warmup"}
+    for one in plan.nodes.values():
+        if one.stage in chain:
+            finish(folder, one, seconds=2.0, metrics={"n_examples": 100})
+    scoring = node(plan, "query", "target")
+    counts = {"examples": 6, "tokens": 120, "supervised": 60}
+    finish(folder, scoring, seconds=4.0, metrics=counts)
+    assert {m.node.stage for m in read_history(folder)} == chain | {"query"}
+    answer = asked(folder)
+    assert not answer["on_gpu"]
+    query = next(s for s in answer["stages"] if s["id"] == scoring.id)
+    assert query["seconds"] == pytest.approx(4.0)  # its own operations at its own rate
+    assert query["finished"]
+    assert query["tokens"] == 120
+    row = next(r for r in answer["checks"] if r["stage"] == "query")
+    assert row["n"] == 1
+    assert row["disk"] == 4 * LINEARS / 1000
+    assert row["seconds"] != pytest.approx(1.0)  # predicted from the warm-up, not from itself
+    assert "2026-01-01" in answer["basis"]["checked"]
+    assert not any(s["finished"] for s in asked(folder, "--pool", "50")["stages"])
+    assert "predicted / measured" in CliRunner().invoke(app, ["cost", "study.yaml"]).output
+
+
+def test_it_is_exact_about_what_it_knows(folder: Path) -> None:
+    answer = forecast(Question([folder / "study.yaml"], pool=1000, tokens=20), folder)
+    features = [x for x in answer.lines if x.node.stage == "features"]
+    assert {x.need.tokens for x in features} == {20_000}
+    assert answer.arch == ARCH
+    assert math.isfinite(makespan(answer.lines, 3))
+
+
+def test_costs_need_no_tensor_library(folder: Path) -> None:
+    code = (
+        "import sys\n"
+        "from iprox.cli.main import app\n"
+        "app(['cost', 'study.yaml'], standalone_mode=False)\n"
+        "print([m for m in ('torch', 'snakemake', 'pandas', 'transformers', 'numpy') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
