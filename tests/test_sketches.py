@@ -170,13 +170,18 @@ def test_a_sketch_that_loses_nothing_ranks_exactly(
     assert table.loc[("mean", "loss_retention"), "value"] == pytest.approx(1)
 
 
-def test_subtasks_are_columns_of_their_own(tmp_path: Path, pool: Path) -> None:
+def test_subtasks_are_columns_of_their_own(
+    tmp_path: Path, pool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queries = make_queries(tmp_path, ["t", "u"], val_agg="subtask_max")
     folder = make_features(tmp_path, pool, WHOLE)
     found = scored(tmp_path, folder, queries, WHOLE)
     assert found.columns == ["t/a", "t/b", "u/c"]
     cosines = found.dots / found.norms[:, None] / found.query_norms
     np.testing.assert_allclose(found.scores("cosine")["t"], cosines[:, :2].max(1), rtol=1e-6)
+    monkeypatch.setattr(sketches, "QUERY_BYTES", 1)  # one column at a time
+    again = scored(tmp_path, folder, queries, WHOLE)
+    np.testing.assert_allclose(again.dots, found.dots, rtol=1e-5, atol=1e-7)
 
 
 def test_a_new_task_is_ranked_without_the_model(

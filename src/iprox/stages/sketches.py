@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from iprox.numerics.sketch import CountSketch, Logra, RandomProjection, Sketch
 from iprox.progress import track
 from iprox.stages.feature_store import QuerySketches
 from iprox.stages.passes import Reader
-from iprox.stages.queries import open_queries
+from iprox.stages.queries import Queries, open_queries
 from iprox.stages.texts import pool_blocks, pool_texts
 from iprox.store.arrays import CHUNK_BYTES, allocate, create_store, put
 from iprox.store.job import Job, Metrics
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 
 BLOCK_EXAMPLES = 4096
 """Most examples that are tokenised, batched and written together."""
+
+QUERY_BYTES = 2**30
+"""Most memory for the query gradients of one layer that are sketched together."""
 
 CHECK_CHUNK = 4
 """Half the examples of a pass that compares gradients in pairs."""
@@ -101,10 +105,19 @@ def query_sketches(folders: Mapping[str, Path], section: FeaturesSection) -> Que
     """
     queries = open_queries(folders)
     sketch = build_sketch(section, queries.layers, torch.device("cpu"))
-    columns = range(len(queries.columns))
-    rows = sketch_gradients(sketch, lambda name: torch.from_numpy(queries.load(name, columns)))
+    layer_bytes = 4 * max(out * inn for out, inn in queries.layers.values())
+    size = max(1, QUERY_BYTES // layer_bytes)
+    parts = []
+    for start in range(0, len(queries.columns), size):
+        columns = range(start, min(start + size, len(queries.columns)))
+        parts.append(sketch_gradients(sketch, partial(_query_gradients, queries, columns)))
     expected = attributes(sketch, section.dtype, queries.settings["loss_reduction"])
-    return QuerySketches(queries.columns, rows.numpy(), expected)
+    return QuerySketches(queries.columns, torch.cat(parts).numpy(), expected)
+
+
+def _query_gradients(queries: Queries, columns: range, layer: str) -> torch.Tensor:
+    """Query gradients of one layer, (columns, out, in)."""
+    return torch.from_numpy(queries.load(layer, columns))
 
 
 def unit_rows(rows: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:

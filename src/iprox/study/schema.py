@@ -324,7 +324,7 @@ class FeaturesSection(Section):
     )
     dim: int = Field(8192, ge=1, description="countsketch, random: numbers kept per example.")
     rank: int = Field(
-        8, ge=1, description="logra: rank on each side; rank * rank numbers per layer and example."
+        16, ge=1, description="logra: rank on each side; rank * rank numbers per layer and example."
     )
     distribution: Literal["rademacher", "gaussian"] = Field(
         "rademacher", description="random: entries of the projection."
