@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from cli_artifacts import EVIL, LAYER, Results, every_stage
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from iprox.cli.main import app
 from iprox.cli.render import human_flops, human_memory, inert, plain, shown
 from iprox.cli.show import cost_line
 from iprox.plan.plan import Node
+from iprox.store.tables import write_table
 
 MADE = sorted(set(STAGES) - {"curvature"})
 
@@ -109,6 +111,17 @@ def test_numbers_are_those_of_the_files(made: tuple[Results, dict[str, Node]]) -
     query = as_json("show", results.folder(nodes["query"]))
     assert query["layers"][0]["norm"] == 5.0
     assert as_json("show", results.folder(nodes["target"]))["model"]["parameters"] == 24
+
+
+def test_errors_of_sketches_are_shown(made: tuple[Results, dict[str, Node]]) -> None:
+    results, nodes = made
+    folder = results.folder(nodes["features"])
+    path = folder / "sketch.parquet"
+    write_table(path, pd.DataFrame([{"kind": "logra", "rank": 4, "max_error": 0.0625}]))
+    text = run("show", folder)
+    path.unlink()
+    assert "cosines of sketches" in text
+    assert "0.0625" in text
 
 
 def test_rows_limits_tables_and_says_so(made: tuple[Results, dict[str, Node]]) -> None:

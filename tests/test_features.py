@@ -28,6 +28,7 @@ from iprox.engine import scoring
 from iprox.engine.loss import Batch
 from iprox.errors import ArtifactError
 from iprox.stages import features, query
+from iprox.stages.feature_store import Features, open_shards, read_features, restrict
 from iprox.stages.passes import Reader
 from iprox.store.arrays import open_store
 
@@ -57,7 +58,7 @@ def make_query(tmp_path: Path, val_agg: str = "mean_raw", name: str = "t") -> Pa
 
 def make_features(
     tmp_path: Path, parents: dict[str, Path], shards: Sequence[tuple[int, int]] = ((0, 7),)
-) -> features.Features:
+) -> Features:
     """Features in shards of these rows, gathered."""
     folder = tmp_path / f"features{len(list(tmp_path.iterdir()))}"
     folder.mkdir()
@@ -66,7 +67,7 @@ def make_features(
         features.make(job("features", out, parents, rows, subset={"name": "all"}))
         (out / "shard.zarr").rename(folder / f"shard-{number:05d}.zarr")
         out.rmdir()
-    return features.read_features(folder)
+    return read_features(folder)
 
 
 def example(reader: Reader, prompt: str, response: str, **options: Any) -> Batch:
@@ -124,7 +125,7 @@ def test_features_equal_autograd(tmp_path: Path, reader: Reader, pool: Path) -> 
     found = make_features(tmp_path, {"pool": pool, "query/t": made})
     assert found.columns == ["t"]
     vector = stored(made)
-    for i, example_id in enumerate(found.example_id):
+    for i, example_id in enumerate(found.example_id.to_pylist()):
         batch = example(reader, *EXAMPLES[example_id])
         gradient = weight_gradients(reader.model, reader.layers, batch)
         norm = inner(gradient, gradient) ** 0.5
@@ -189,7 +190,7 @@ def test_an_example_without_a_response_is_marked_and_scores_lowest(
     parents = {"pool": pool, "query/t": make_query(tmp_path)}
     metrics = features.make(job("features", out, parents, subset={"name": "all"}))
     assert metrics["unsupervised"] == metrics["truncated"] == 1
-    found = features.gather([out / "shard.zarr"])
+    found = open_shards([out / "shard.zarr"]).read()
     assert found.supervised[0] == 0
     assert found.dots[0, 0] == found.norms[0] == 0
     assert np.isnan(found.loss[0])
@@ -202,9 +203,9 @@ def test_only_the_slice_is_scored_for_fidelity(tmp_path: Path, reader: Reader, p
     split = write_split(tmp_path / "split", "fidelity", ["e005", "e001", "e002"])
     parents = {"pool": pool, "query/t": make_query(tmp_path), "split": split}
     features.make(job("features", tmp_path / "out", parents, subset={"name": "fidelity"}))
-    part = features.gather([tmp_path / "out" / "shard.zarr"])
+    part = open_shards([tmp_path / "out" / "shard.zarr"]).read()
     assert part.example_id.tolist() == ["e001", "e002", "e005"]
-    whole = features.restrict(make_features(tmp_path, parents), ["e002", "e001", "e005"])
+    whole = restrict(make_features(tmp_path, parents), ["e002", "e001", "e005"])
     assert whole.example_id.tolist() == ["e001", "e002", "e005"]
     np.testing.assert_allclose(part.dots, whole.dots, rtol=1e-10, atol=1e-14)
 

@@ -13,7 +13,7 @@ from scipy import stats
 
 from iprox.errors import ArtifactError, NumericsError
 from iprox.stages import fidelity
-from iprox.stages.features import PER_EXAMPLE
+from iprox.stages.feature_store import PER_EXAMPLE, read_features
 from iprox.store.arrays import create_store, put
 from iprox.store.tables import read_table
 
@@ -56,8 +56,6 @@ def parents(tmp_path: Path) -> dict[str, Path]:
 
 
 def cosines(folder: Path) -> np.ndarray:
-    from iprox.stages.features import read_features
-
     features = read_features(folder)
     return (features.dots / features.norms[:, None]).astype(np.float32)
 
@@ -85,8 +83,6 @@ def test_values_equal_scipys_for_each_task_and_their_mean(
 
 def test_losses_of_both_models(tmp_path: Path, parents: dict[str, Path]) -> None:
     table = run(tmp_path, parents)
-    from iprox.stages.features import read_features
-
     ours, theirs = (read_features(parents[r]).loss.mean() for r in ("proxy", "target"))
     assert table.loc[("mean", "loss_mean_proxy"), "value"] == pytest.approx(ours)
     assert table.loc[("mean", "loss_mean_target"), "value"] == pytest.approx(theirs)

@@ -68,6 +68,11 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["ranking", "fidelity", *AFTER_RANKING],
     ),
     "influence.val_agg": ({"influence": {"val_agg": "mean_unit"}}, AFTER_PROXY),
+    "features.kind": (
+        {"features": {"kind": "logra"}},
+        ["features", "ranking", "fidelity", *AFTER_RANKING],
+    ),
+    "features.rank, which exact features do not use": ({"features": {"rank": 3}}, []),
     "select.fraction": ({"select": {"fraction": 0.1}}, AFTER_RANKING),
     "finetune.lr": ({"finetune": {"lr": 1e-4}}, ["finetune", "evaluation"]),
     "evaluate.seed": ({"evaluate": {"seed": 1}}, ["evaluation"]),
@@ -123,6 +128,37 @@ def test_the_target_run_needs_no_proxy_stages() -> None:
     assert not {s for s, _ in p.nodes} & {"probe", "decomposition", "factors", "proxy", "fidelity"}
     features = p.runs["full"].nodes["features"]
     assert features.parents["model"].stage == "warmup"
+
+
+def test_a_new_task_ranks_the_sketched_pool_without_another_pass() -> None:
+    sketched = {"features": {"kind": "countsketch"}, "split": {"fidelity": 100}}
+    before, after = (plan(tasks=t, **sketched) for t in (["mmlu"], ["mmlu", "bbh"]))
+    new = {stage for stage, _ in stages(after) - stages(before)}
+    assert {"task", "query", "ranking"} <= new
+    assert before.runs["a"].nodes["features"].id == after.runs["a"].nodes["features"].id
+    ranking = after.runs["a"].nodes["ranking"]
+    assert sorted(ranking.parents) == ["features", "query/bbh", "query/mmlu"]
+
+
+def test_exact_features_depend_on_the_tasks() -> None:
+    before, after = (plan(tasks=tasks) for tasks in (["mmlu"], ["mmlu", "bbh"]))
+    assert before.runs["a"].nodes["features"].id != after.runs["a"].nodes["features"].id
+
+
+@pytest.mark.parametrize("proxy", ["target", "ipsvd"])
+def test_sketches_are_compared_with_the_targets_exact_scores(proxy: str) -> None:
+    p = plan(runs={"a": {"proxy": {"kind": proxy}, "features": {"kind": "logra"}}})
+    parents = p.runs["a"].nodes["fidelity"].parents
+    assert sorted(parents) == ["proxy", "proxy_query/bbh", "proxy_query/mmlu", "target"]
+    assert parents["proxy"].params["features"]["kind"] == "logra"
+    assert "features" not in parents["target"].params
+    assert parents["target"].parents["model"].stage == "warmup"
+
+
+def test_only_the_keys_of_a_kind_count() -> None:
+    first, second = (plan(features={"kind": "logra", "dim": dim}) for dim in (10, 20))
+    assert stages(first) == stages(second)
+    assert stages(first) != stages(plan(features={"kind": "logra", "rank": 3}))
 
 
 def test_plain_svd_reads_no_probe() -> None:

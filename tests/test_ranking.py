@@ -11,7 +11,7 @@ from artifacts import job, random_examples, write_pool
 
 from iprox.errors import ArtifactError, NumericsError
 from iprox.numerics.influence import descending, influence, random_scores
-from iprox.stages import ranking
+from iprox.stages import feature_store, ranking
 from iprox.store.arrays import create_store, put
 from iprox.store.tables import read_metadata, read_table
 
@@ -33,12 +33,12 @@ def write_features(folder: Path, dots: np.ndarray, norms: list[float], ids: list
 
 @pytest.fixture
 def features(tmp_path: Path) -> Path:
-    dots = np.array([[1.0, 4, 4], [2, 2, 8], [0, 0, 0], [3, -1, 8], [2, 0, 4]])
-    return write_features(tmp_path / "features", dots, [2, 1, 0, 1, 1], ["c", "b", "z", "a", "d"])
+    dots = np.array([[3.0, -1, 8], [2, 2, 8], [1, 4, 4], [2, 0, 4], [0, 0, 0]])
+    return write_features(tmp_path / "features", dots, [1, 1, 2, 1, 0], ["a", "b", "c", "d", "z"])
 
 
-def run(tmp_path: Path, features: Path, score: str) -> pd.DataFrame:
-    out = tmp_path / "out"
+def run(tmp_path: Path, features: Path, score: str, name: str = "out") -> pd.DataFrame:
+    out = tmp_path / name
     parents = {"features": features}
     ranking.make(
         job("ranking", out, parents, influence={"score": score}, scorer={}, tasks=["t", "s"])
@@ -73,12 +73,45 @@ def test_metadata_counts_what_could_not_be_scored(tmp_path: Path, features: Path
     assert metadata["influence"]["score"] == "cosine"
 
 
-def test_order_does_not_depend_on_the_order_of_rows() -> None:
-    scores = np.array([0.5, 1.0, 0.5, -np.inf, 1.0])
-    ids = np.array(["e", "d", "c", "b", "a"])
-    expected = ["a", "d", "c", "e", "b"]
-    for order in ([0, 1, 2, 3, 4], [3, 1, 4, 0, 2]):
-        assert ids[order][descending(scores[order], ids[order])].tolist() == expected
+def test_equal_scores_keep_their_order() -> None:
+    scores = np.array([0.5, 1.0, 0.5, -np.inf, 1.0], dtype=np.float32)
+    assert descending(scores).tolist() == [1, 4, 0, 2, 3]
+
+
+def test_blocks_shards_and_row_groups_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = np.random.default_rng(0)
+    ids = [f"e{i:02d}" for i in range(40)]
+    dots = draw.integers(-2, 3, (40, 3)).astype(float)  # many ties
+    norms = [1.0] * 40
+    whole = write_features(tmp_path / "whole", dots, norms, ids)
+    expected = run(tmp_path, whole, "cosine", "one")
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for number, rows in enumerate((slice(0, 13), slice(13, 13), slice(13, 40))):
+        one = write_features(tmp_path / f"p{number}", dots[rows], norms[rows], ids[rows])
+        (one / "shard-00000.zarr").rename(parts / f"shard-{number:05d}.zarr")
+    monkeypatch.setattr(feature_store, "BLOCK_ROWS", 7)
+    run(tmp_path, parts, "cosine", "two")
+    one, two = (tmp_path / out / "ranking.parquet" for out in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    monkeypatch.setattr(ranking, "GROUP_ROWS", 6)
+    assert run(tmp_path, parts, "cosine", "three").equals(expected)
+    for task, column in (("s", 2), ("t", slice(0, 2))):
+        scores = dots[:, column].reshape(40, -1) / np.array([1.0, 2.0, 4.0])[column]
+        order = sorted(range(40), key=lambda i: (-scores[i].max(), ids[i]))
+        found = expected[expected["task"] == task]["example_id"].tolist()
+        assert found == [ids[i] for i in order]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"), [(["a", "a"], "in two shards"), (["b", "a"], "not in the order")]
+)
+def test_ids_that_do_not_ascend_are_refused(tmp_path: Path, ids: list[str], message: str) -> None:
+    folder = write_features(tmp_path / "features", np.ones((2, 3)), [1, 1], ids)
+    with pytest.raises(ArtifactError, match=message):
+        run(tmp_path, folder, "cosine")
 
 
 def test_scores_equal_to_float32_are_ties(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
@@ -21,10 +22,11 @@ from iprox.report.artifacts import Study
 from iprox.report.charts import CSS_VARIABLES, short, spread_out
 from iprox.report.compare import intervals_overlap, paired_difference
 from iprox.report.formats import duration, interval, latex, markdown, number, scaled, signed
-from iprox.report.page import TEXT_LIMIT
+from iprox.report.page import TEXT_LIMIT, sketches_grid
 from iprox.stages.report import make
 from iprox.store.job import Job
 from iprox.store.manifest import PROVENANCE
+from iprox.store.tables import write_table
 
 RUNS = ("full", "iprox-0.5", "svd-0.5", "glance", "random-0", "random-1")
 SECTIONS = (
@@ -241,6 +243,47 @@ def test_speed_is_compared_by_example(study: Study) -> None:
     # until fidelity: 20 examples in 8 s, where the target took 61 s for 40
     assert table.at["glance", "speedup"] == pytest.approx((61.0 / 40) / (8.0 / 20))
     assert np.isnan(table.at["random-0", "speedup"])
+
+
+def test_a_run_with_sketches_is_not_the_reference(study: Study) -> None:
+    full = study.runs[0]
+    features = full.artifacts["features"]
+    params = features.params | {"features": {"kind": "logra"}}
+    write_table(
+        features.folder / "sketch.parquet",
+        pd.DataFrame(
+            [
+                {
+                    "kind": "logra",
+                    "dim": 99,
+                    "dtype": "float16",
+                    "bytes_per_example": 198,
+                    "examples": 7,
+                    "mean_error": 0.0125,
+                    "max_error": 0.25,
+                    "spearman": 0.875,
+                }
+            ]
+        ),
+    )
+    artifacts = full.artifacts | {"features": replace(features, params=params)}
+    sketched = replace(full, artifacts=artifacts)
+    assert full.is_target
+    assert not sketched.is_target
+    shown = replace(study, runs=[sketched, *study.runs[1:]])
+    assert shown.target_run is None
+    grid = sketches_grid(shown, tables.sketches(shown))
+    assert grid is not None
+    assert [c.text for c in grid.rows[0]][1:] == [
+        "logra, 99 numbers, float16",
+        "198 B",
+        "7",
+        "0.013",
+        "0.250",
+        "0.875",
+    ]
+    (features.folder / "sketch.parquet").unlink()
+    assert sketches_grid(study, tables.sketches(study)) is None
 
 
 def test_overlap_is_the_share_of_the_targets_selection(fixture: Fixture, study: Study) -> None:

@@ -76,19 +76,34 @@ def test_keeping_less_than_one_example_is_an_error() -> None:
         selection.n_selected(0.05, 19)
 
 
-def test_ties_follow_the_ranking_whatever_the_order_of_rows() -> None:
+def top(folder: Path, table: pd.DataFrame, keep: int) -> list[str]:
+    path = folder / "ranking.parquet"
+    write_table(path, table)
+    return list(selection.select_top(path, keep, selection.tally_ranking(path))["example_id"])
+
+
+def test_ties_follow_the_ranking_whatever_the_order_of_rows(tmp_path: Path) -> None:
     table = ranking({"t": [1.0] * N})
-    kept = selection.select_top(table, 3)["example_id"].tolist()
-    assert kept == ["ex-19", "ex-18", "ex-17"]
+    assert top(tmp_path, table, 3) == ["ex-19", "ex-18", "ex-17"]
     shuffled = table.sample(frac=1.0, random_state=0)
-    assert selection.select_top(shuffled, 3)["example_id"].tolist() == kept
+    assert top(tmp_path, shuffled, 3) == ["ex-19", "ex-18", "ex-17"]
 
 
-def test_examples_without_a_score_are_never_selected() -> None:
-    table = ranking({"t": [2.0, 1.0, *[-np.inf] * (N - 2)]})
-    assert selection.select_top(table, 2)["example_id"].tolist() == ["ex-00", "ex-01"]
+def test_examples_without_a_score_are_never_selected(job: Job) -> None:
+    path = job.parents["ranking"] / "ranking.parquet"
+    write_table(path, ranking({"t": [3.0, 2.0, 1.0, *[-np.inf] * (N - 3)]}))
+    metrics = selection.make(job)
+    assert metrics["without_score"] == N - 3
+    assert read_table(job.out / "selection.parquet")["example_id"].tolist() == IDS[:3]
+    write_table(path, ranking({"t": [2.0, 1.0, *[-np.inf] * (N - 2)]}))
     with pytest.raises(DataError, match=r"2 of 20 .* 3 wanted"):
-        selection.select_top(table, 3)
+        selection.make(job)
+
+
+def test_a_ranking_is_counted_by_task(tmp_path: Path) -> None:
+    path = tmp_path / "ranking.parquet"
+    write_table(path, ranking({"t": [1.0] * N, "s": [1.0] * 15 + [-np.inf] * 5}))
+    assert selection.tally_ranking(path) == {"s": (N, 15), "t": (N, N)}
 
 
 def test_tables_and_files_agree(job: Job) -> None:
@@ -130,7 +145,10 @@ def test_a_ranking_of_another_pool_is_refused(job: Job) -> None:
     path = job.parents["ranking"] / "ranking.parquet"
     table = read_table(path)
     write_table(path, table[table["example_id"] != "ex-07"])
-    with pytest.raises(ArtifactError, match="ex-07"):
+    with pytest.raises(ArtifactError, match="19 ranked, 20 in the pool"):
+        selection.make(job)
+    write_table(path, table.replace({"example_id": {"ex-19": "other"}}))
+    with pytest.raises(ArtifactError, match="'other'"):
         selection.make(job)
 
 

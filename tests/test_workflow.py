@@ -235,6 +235,31 @@ def test_an_upstream_rerun_without_consequences_computes_nothing(finished: Path)
     snakemake(finished, study())
 
 
+def test_a_new_task_ranks_stored_sketches_without_another_pass(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    settings = {"kind": "logra", "rank": 4, "check": 6}
+    runs = {"full": {"proxy": {"kind": "target"}, "features": settings, "until": "ranking"}}
+    config = study(runs=runs)
+    snakemake(tmp_path, config, "rankings")
+    link = tmp_path / "results" / "studies" / "tiny" / "full"
+    assert pd.read_parquet(link / "features" / "sketch.parquet")["examples"].item() == 6
+    assert "sketch.parquet" in check(link / "features").files
+    other = config["tasks"][0] | {"name": "later", "seed": 1}
+    config["tasks"].append(other)
+    todo = jobs(snakemake(tmp_path, config, "-n", "rankings"))
+    assert {rule for rule in todo if rule not in ("total", "study_index", "rankings")} == {
+        "task",
+        "query",
+        "ranking",
+    }
+    snakemake(tmp_path, config, "rankings", "fidelities")
+    ranking = pd.read_parquet(link / "ranking" / "ranking.parquet")
+    assert ranking["task"].unique().tolist() == ["later", "own"]
+    assert (link / "query-later" / "query.zarr").is_dir()
+    found = pd.read_parquet(link / "fidelity" / "fidelity.parquet").set_index(["task", "metric"])
+    assert found.loc[("mean", "spearman"), "value"] > 0
+
+
 def test_the_study_is_the_same_bytes_in_another_folder(finished: Path, tmp_path: Path) -> None:
     write_inputs(tmp_path)
     small = study(runs={"iprox": {"proxy": {"sparsity": 0.5}, "until": "selection"}})

@@ -30,7 +30,7 @@ rule query:
 
 
 rule features_shard:
-    # Dots with every query and norms, for one part of the pool: where the time goes.
+    # Dots with every query and norms, or sketches, for one part of the pool: where the time goes.
     input:
         model=parent("features", "model"),
         pool=parent("features", "pool"),
@@ -84,6 +84,7 @@ rule ranking:
     # Scores, sorted.
     input:
         features=parent("ranking", "features"),
+        queries=all_parents("ranking", "query/"),
         pool=parent("ranking", "pool"),
     output:
         files("ranking"),
@@ -111,6 +112,7 @@ rule fidelity:
     input:
         proxy=parent("fidelity", "proxy"),
         target=parent("fidelity", "target"),
+        queries=all_parents("fidelity", "proxy_query/"),
     output:
         files("fidelity"),
         manifest=manifest("fidelity"),

@@ -16,7 +16,7 @@ MEM_MB = {
     "proxy": 5500,
     "query": 2400,
     "features": 2800,
-    "ranking": 1000,
+    "ranking": 1500,
     "fidelity": 1000,
     "selection": 1000,
     "finetune": 3500,

@@ -27,7 +27,7 @@ STAGES = {
     "proxy": "The small model made from the target that scores in its place, aligned to it.",
     "curvature": "Eigenbases and eigenvalues of the scoring model's curvature, by layer.",
     "query": "Mean query gradients of one task, by layer of the scoring model.",
-    "features": "Dot products with the queries' gradients, and norms, for every candidate.",
+    "features": "Every candidate's gradient: dot products with the queries', or a sketch.",
     "ranking": "All candidates in the order of their influence, for each task.",
     "fidelity": "How well the proxy's scores agree with the target's on one slice of the pool.",
     "selection": "The candidates that are kept, for each task.",

@@ -378,6 +378,9 @@ def features(path: Path, rows: int) -> Blocks:
         yield _some("columns", ["column", "query norm"], body, rows)
     attrs = dict(first.attrs)
     yield Facts("settings", _small(attrs))
+    if (path / "sketch.parquet").is_file():
+        error = {str(k): v for k, v in _read(path / "sketch.parquet").iloc[0].items()}
+        yield Facts("cosines of sketches against exact ones", error)
     yield from _attribute_tables(attrs, rows)
     yield _arrays_table(first, rows, f"arrays of {next(iter(stores))}")
     if len(counts) > 1:

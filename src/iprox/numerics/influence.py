@@ -43,9 +43,9 @@ def influence(
     return np.where(zero[:, None], UNSCORABLE, dots / scale)
 
 
-def descending(scores: np.ndarray, example_ids: Sequence[str] | np.ndarray) -> np.ndarray:
-    """Indices from the highest score to the lowest; equal scores in the order of their ids."""
-    return np.lexsort((np.asarray(example_ids, dtype=str), -np.asarray(scores)))
+def descending(scores: np.ndarray) -> np.ndarray:
+    """Indices from the highest score to the lowest; equal scores in the order they are given."""
+    return np.argsort(-np.asarray(scores), kind="stable")
 
 
 def random_scores(example_ids: Sequence[str], seed: int) -> np.ndarray:
@@ -53,7 +53,8 @@ def random_scores(example_ids: Sequence[str], seed: int) -> np.ndarray:
 
     So an example keeps its score whatever the order of the pool and whoever else is in it.
     """
-    return np.array([_uniform(f"{seed}\n{example_id}") for example_id in example_ids])
+    uniform = (_uniform(f"{seed}\n{example_id}") for example_id in example_ids)
+    return np.fromiter(uniform, dtype=np.float64, count=len(example_ids))
 
 
 def _uniform(text: str) -> float:

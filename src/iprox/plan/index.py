@@ -79,14 +79,17 @@ def runs_table(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _queries(nodes: dict[str, Node]) -> dict[str, Node]:
-    """Query stages that a run's features or fidelity rest on, as ``query-<task>``."""
+    """Query stages that a run's features, ranking or fidelity rest on, as ``query-<task>``."""
     features = nodes.get("features")
     if features is None and "fidelity" in nodes:
         features = nodes["fidelity"].parents["proxy"]
-    if features is None:
-        return {}
-    found = {r: n for r, n in features.parents.items() if r.startswith("query/")}
-    return {role.replace("/", "-"): node for role, node in found.items()}
+    users = (features, nodes.get("ranking"), nodes.get("fidelity"))
+    parents = [p for user in users if user is not None for p in user.parents.items()]
+    return {
+        role.removeprefix("proxy_").replace("/", "-"): node
+        for role, node in parents
+        if role.startswith(("query/", "proxy_query/"))
+    }
 
 
 def _old_links(folder: Path) -> list[Path]:

@@ -21,6 +21,13 @@ from iprox.study.schema import TaskSection
 RESULTS = Path("results")
 ID_DIGITS = 10
 
+SKETCH_SIZES = {
+    "countsketch": ("dim",),
+    "logra": ("rank",),
+    "random": ("dim", "distribution"),
+}
+"""Keys of the section ``features`` that a kind of sketch uses besides those of all kinds."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -299,41 +306,64 @@ class _RunPlanner:
             for task in self.tasks
         }
 
-    def features(self, model: Node, subset: str) -> Node:
-        """Dots and norms of pool examples at a scoring model."""
-        parents = {"model": model, "pool": self.pool, **self.queries(model)}
+    def features(self, model: Node, subset: str, exact: bool = False) -> Node:
+        """Dots and norms, or sketches, of pool examples at a scoring model.
+
+        Sketches do not depend on the tasks, so a new task leaves them as they are.
+
+        Args:
+            model: The scoring model.
+            subset: ``all`` or the name of a split.
+            exact: Exact features, whatever the run asks for.
+        """
+        sketch = {} if exact else self.sketch()
+        parents = {"model": model, "pool": self.pool}
+        parents |= {} if sketch else self.queries(model)
         if subset != "all":
             parents["split"] = self.split(subset)
         influence = {"loss_reduction": self.config.influence.loss_reduction}
-        params = {
+        params: dict[str, Any] = {
             "chat": self.chat,
             "compute": self.compute,
             "influence": influence,
             "layers": self.config.proxy.layers.model_dump(),
             "subset": {"name": subset},
         }
+        if sketch:
+            params["features"] = sketch | {"check": self.config.features.check}
         shards = self.plan.study.config.shards if subset == "all" else 1
-        label = _label(model) if subset == "all" else f"{_label(model)}-{subset}"
-        return self.plan.add("features", label, params, parents, shards)
+        parts = [_label(model), sketch.get("kind"), None if subset == "all" else subset]
+        return self.plan.add("features", "-".join(filter(None, parts)), params, parents, shards)
+
+    def sketch(self) -> dict[str, Any]:
+        """Settings of the run's sketch, those that its kind uses; empty for exact features."""
+        section = self.config.features
+        if section.kind == "exact":
+            return {}
+        return section.model_dump(include={"kind", "dtype", "seed", *SKETCH_SIZES[section.kind]})
 
     def _fidelity(self, nodes: dict[str, Node]) -> dict[str, Node]:
-        """Comparison with the target on the fidelity slice."""
-        if not self.config.fidelity.enabled or self.config.proxy.kind == "target":
+        """Comparison with the target's exact scores on the fidelity slice.
+
+        Nothing is compared when the run's own scores are the target's exact ones.
+        """
+        if not self.config.fidelity.enabled:
             return {}
         subset = "all" if self._slice_is_pool() else "fidelity"
-        node = self.plan.add(
-            "fidelity",
-            _label(nodes["model"]),
-            {
-                "fidelity": self.config.fidelity.model_dump(),
-                "influence": self.config.influence.model_dump(),
-            },
-            {
-                "proxy": self.features(nodes["model"], subset),
-                "target": self.features(nodes["warmup"], subset),
-            },
-        )
-        return {"fidelity": node}
+        if self.config.proxy.kind == "target" and not self.sketch():
+            return {}
+        params: dict[str, Any] = {
+            "fidelity": self.config.fidelity.model_dump(),
+            "influence": self.config.influence.model_dump(),
+        }
+        ours = self.features(nodes["model"], subset)
+        parents = {"proxy": ours, "target": self.features(nodes["warmup"], subset, exact=True)}
+        label = _label(nodes["model"])
+        if self.sketch():
+            params["features"] = self.sketch()
+            parents |= {f"proxy_{role}": q for role, q in self.queries(nodes["model"]).items()}
+            label = f"{label}-{self.config.features.kind}"
+        return {"fidelity": self.plan.add("fidelity", label, params, parents)}
 
     def _slice_is_pool(self) -> bool:
         """Whether the fidelity slice is known to be the whole pool, so that its pass is shared."""
@@ -343,17 +373,18 @@ class _RunPlanner:
         return limit is not None and size >= limit
 
     def _gradient_ranking(self, nodes: dict[str, Node]) -> dict[str, Node]:
+        """Features of the pool, and the ranking, which sketches the queries if it needs to."""
         features = self.features(nodes["model"], "all")
-        ranking = self.plan.add(
-            "ranking",
-            _readable(features),
-            {
-                "influence": self.config.influence.model_dump(),
-                "scorer": {"kind": "gradient"},
-                "tasks": [task.name for task in self.tasks],
-            },
-            {"features": features},
-        )
+        params: dict[str, Any] = {
+            "influence": self.config.influence.model_dump(),
+            "scorer": {"kind": "gradient"},
+            "tasks": [task.name for task in self.tasks],
+        }
+        parents = {"features": features}
+        if self.sketch():
+            params["features"] = self.sketch()
+            parents |= self.queries(nodes["model"])
+        ranking = self.plan.add("ranking", _readable(features), params, parents)
         return {"features": features, "ranking": ranking}
 
     def _random_ranking(self) -> dict[str, Node]:

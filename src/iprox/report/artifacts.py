@@ -120,9 +120,16 @@ class Run:
         return self.scorer == "random"
 
     @property
+    def sketch(self) -> str | None:
+        """Kind of the sketches the run compares in place of gradients, None if it does not."""
+        features = self.artifacts.get("features")
+        section = features.params.get("features") if features else None
+        return section["kind"] if section else None
+
+    @property
     def is_target(self) -> bool:
-        """Whether the run scores with the target itself: the reference of all proxies."""
-        return not self.is_random and self.proxy == "target"
+        """Whether the run scores exactly with the target itself: the reference of all others."""
+        return not self.is_random and self.proxy == "target" and self.sketch is None
 
     def of(self, kind: str, tasks: list[str]) -> dict[str, Artifact]:
         """The run's artifacts of one kind, by task; one made for all tasks counts for each."""
@@ -135,7 +142,7 @@ class Run:
         kind = name.split("-")[0]
         if kind in ("factors", "proxy", "fidelity") and self.is_random:
             return "a random order has no proxy to measure"
-        if kind in ("factors", "proxy") and self.is_target:
+        if kind in ("factors", "proxy") and self.proxy == "target":
             return "the target scores with its own weights: nothing is factorised"
         if kind == "fidelity" and self.is_target:
             return "this run is the reference that proxies are compared with"

@@ -114,6 +114,7 @@ def render(study: Study, frames: dict[str, pd.DataFrame], charts: dict[str, list
         runs=runs_grid(study),
         stages=stages_grid(frames["stages"]),
         fidelity=fidelity_grid(study, frames["fidelity"]),
+        sketches=sketches_grid(study, tables.sketches(study)),
         overlap=overlap_grid(study, frames["runs"]),
         composition=composition_grids(study, frames["composition"]),
         examples=examples_shown(study, frames["examples"]),
@@ -320,6 +321,28 @@ def fidelity_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
             ]
         )
     return Grid(columns, rows)
+
+
+def sketches_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
+    """Size and errors of every run's sketches against exact gradients."""
+    if frame.empty:
+        return None
+    columns = [("run", False), ("sketch", False), ("per example", True), ("examples", True)]
+    columns += [("mean error", True), ("largest error", True), ("Spearman", True)]
+    rows = [
+        [
+            _run_cell(study, row["run"]),
+            Cell(f"{row['kind']}, {row['dim']:,} numbers, {row['dtype']}"),
+            _plain(row["bytes_per_example"], lambda v: scaled(v, "B"), "not recorded"),
+            _plain(row["examples"], lambda v: f"{v:,.0f}", "not recorded"),
+            *(_plain(row[e], lambda v: f"{v:.3f}", "undefined") for e in ERRORS),
+        ]
+        for row in frame.to_dict("records")
+    ]
+    return Grid(columns, rows)
+
+
+ERRORS = ("mean_error", "max_error", "spearman")
 
 
 def _fidelity_cell(by_metric: pd.DataFrame, metric: str, task: str) -> Cell:

@@ -201,6 +201,16 @@ def fidelity(study: Study) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
 
 
+def sketches(study: Study) -> pd.DataFrame:
+    """Errors of the cosines of every run's sketches, ``run`` first; empty without sketches."""
+    tables = [
+        run.artifacts["features"].table("sketch.parquet").assign(run=run.name)
+        for run in study.runs
+        if run.sketch and (run.artifacts["features"].folder / "sketch.parquet").is_file()
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["run"])
+
+
 def heldout(study: Study) -> pd.DataFrame:
     """All metrics of all evaluations: run (or ``base``), group, task, metric, value, low, high, n.
 

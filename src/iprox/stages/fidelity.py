@@ -19,7 +19,7 @@ from iprox.numerics.correlation import (
     spearman,
     top_overlap,
 )
-from iprox.stages.features import Features, read_features, restrict
+from iprox.stages.feature_store import Features, open_scored, restrict
 from iprox.stages.texts import split_ids
 from iprox.store.job import Job, Metrics
 from iprox.store.tables import write_table
@@ -47,7 +47,7 @@ def make(job: Job) -> Metrics:
     """
     section = job.section(FidelitySection, "fidelity")
     score = job.section(InfluenceSection, "influence").score
-    proxy, target = (read_features(job.parents[role]) for role in ("proxy", "target"))
+    proxy, target = (open_scored(job, r, f"{r}_query").read() for r in ("proxy", "target"))
     if "split" in job.parents:
         ids = split_ids(job.parents["split"], "fidelity")
         proxy, target = restrict(proxy, ids), restrict(target, ids)

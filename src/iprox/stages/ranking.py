@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from iprox.numerics.influence import descending, random_scores
-from iprox.stages.features import read_features
-from iprox.stages.texts import pool_ids
+from iprox.stages.feature_store import FeatureStore, open_scored
 from iprox.store.job import Job, Metrics
-from iprox.store.tables import write_table
+from iprox.store.tables import read_arrow, write_groups
 from iprox.study.schema import InfluenceSection, ScorerSection
 
 log = logging.getLogger(__name__)
+
+GROUP_ROWS = 2**18
+"""Rows of a row group; each holds rows of one task."""
+
+SCHEMA = pa.schema(
+    [
+        ("task", pa.large_string()),
+        ("rank", pa.int64()),
+        ("example_id", pa.large_string()),
+        ("score", pa.float32()),
+    ]
+)
 
 
 def make(job: Job) -> Metrics:
@@ -29,20 +42,20 @@ def make(job: Job) -> Metrics:
         Number of examples and tasks, and of examples that could not be scored.
 
     Raises:
-        ArtifactError: The features are of other tasks, or incomplete.
+        ArtifactError: The features are of other tasks or settings, or incomplete.
     """
     scorer = job.section(ScorerSection, "scorer")
     settings: dict[str, Any] = {"scorer": scorer.kind}
     if scorer.kind == "random":
-        ids = np.array(pool_ids(job.parents["pool"]), dtype=str)
-        drawn = random_scores(list(ids), scorer.seed).astype(np.float32)
-        scores = dict.fromkeys(sorted(job.params["tasks"]), drawn)
+        ids = sorted_ids(job)
+        drawn = random_scores(ids.to_pylist(), scorer.seed).astype(np.float32)
+        scores = dict.fromkeys(job.params["tasks"], drawn)
         settings |= {"seed": scorer.seed}
     else:
         section = job.section(InfluenceSection, "influence")
-        features = read_features(job.parents["features"])
-        ids, scores = features.example_id, features.scores(section.score)
+        ids, scores = score_all(open_scored(job, "features", "query"), section.score)
         settings |= {"influence": section.model_dump()}
+        settings |= {"features": job.params["features"]} if "features" in job.params else {}
     counts: Metrics = {
         "examples": len(ids),
         "tasks": len(scores),
@@ -52,23 +65,51 @@ def make(job: Job) -> Metrics:
         log.warning(
             "%d of %d examples have no gradient and rank last", counts["unscorable"], len(ids)
         )
-    write_table(job.out / "ranking.parquet", rank(scores, ids), {**settings, **counts})
+    write_groups(job.out / "ranking.parquet", SCHEMA, rank(scores, ids), {**settings, **counts})
     return counts
 
 
-def rank(scores: dict[str, np.ndarray], ids: np.ndarray) -> pd.DataFrame:
-    """Rows ``task, rank, example_id, score`` from each task's scores (examples,)."""
-    tables = []
+def sorted_ids(job: Job) -> pa.Array:
+    """Ids of the pool, ascending."""
+    column = read_arrow(job.parents["pool"] / "pool.parquet", ["example_id"])["example_id"]
+    ids = column.cast(pa.large_string()).combine_chunks()
+    return ids.take(pc.sort_indices(ids))
+
+
+def score_all(features: FeatureStore, score: str) -> tuple[pa.Array, dict[str, np.ndarray]]:
+    """Ids of all examples, ascending, and their scores by task; read block by block.
+
+    Args:
+        features: Open features.
+        score: ``cosine`` or ``dot``.
+
+    Returns:
+        (examples,), and task -> (examples,) float32.
+    """
+    ids: list[pa.Array] = []
+    parts: dict[str, list[np.ndarray]] = {}
+    for block in features.blocks():
+        ids.append(block.example_id)
+        for task, scores in block.scores(score).items():
+            parts.setdefault(task, []).append(scores)
+    return pa.concat_arrays(ids), {task: np.concatenate(p) for task, p in parts.items()}
+
+
+def rank(scores: Mapping[str, np.ndarray], ids: pa.Array) -> Iterator[pa.Table]:
+    """Rows of the ranking in order, a row group at a time.
+
+    Args:
+        scores: Task -> (examples,) float32.
+        ids: Ids of the examples, ascending, so that equal scores are in the order of ids.
+    """
     for task in sorted(scores):
-        order = descending(scores[task], ids)
-        tables.append(
-            pd.DataFrame(
-                {
-                    "task": task,
-                    "rank": np.arange(1, len(order) + 1),
-                    "example_id": ids[order],
-                    "score": scores[task][order],
-                }
-            )
-        )
-    return pd.concat(tables, ignore_index=True)
+        order = descending(scores[task])
+        for start in range(0, len(order), GROUP_ROWS):
+            rows = order[start : start + GROUP_ROWS]
+            columns = {
+                "task": pa.repeat(pa.scalar(task, pa.large_string()), len(rows)),
+                "rank": np.arange(start + 1, start + len(rows) + 1),
+                "example_id": ids.take(pa.array(rows)),
+                "score": scores[task][rows],
+            }
+            yield pa.table(columns, SCHEMA)

@@ -9,14 +9,22 @@ import re
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from iprox.errors import ArtifactError, DataError
 from iprox.store.job import Job, Metrics
-from iprox.store.tables import read_arrow, read_metadata, read_table, write_table
+from iprox.store.tables import (
+    count_rows,
+    read_arrow,
+    read_batches,
+    read_metadata,
+    write_table,
+)
 from iprox.study.schema import SelectSection
 
 log = logging.getLogger(__name__)
@@ -46,19 +54,18 @@ def make(job: Job) -> Metrics:
     """
     fraction = job.section(SelectSection, "select").fraction
     ranking_file = job.parents["ranking"] / "ranking.parquet"
-    ranking = read_table(ranking_file)
-    pool = {row["example_id"]: row for row in read_arrow(_pool_file(job)).to_pylist()}
-    _same_examples(ranking, pool, ranking_file)
-    keep = n_selected(fraction, len(pool))
-    table = select_top(ranking, keep, _basis(read_metadata(ranking_file)))
+    n_examples = count_rows(_pool_file(job))
+    keep = n_selected(fraction, n_examples)
+    tally = tally_ranking(ranking_file)
+    _check_tally(tally, n_examples, keep, ranking_file)
+    table = select_top(ranking_file, keep, tally)
     write_table(job.out / "selection.parquet", table, job.params["select"])
-    _write_files(job.out, table, pool)
-    unscorable = int((~np.isfinite(ranking["score"])).groupby(ranking["task"]).sum().max())
+    _write_files(job.out, table, _pool_rows(_pool_file(job), table["example_id"], ranking_file))
     return {
-        "examples": len(pool),
+        "examples": n_examples,
         "selected_per_task": keep,
         "selected_distinct": int(table["example_id"].nunique()),
-        "without_score": unscorable,
+        "without_score": max(t.ranked - t.scored for t in tally.values()),
     }
 
 
@@ -80,36 +87,46 @@ def n_selected(fraction: float, n_examples: int) -> int:
     return keep
 
 
-def select_top(ranking: pd.DataFrame, keep: int, basis: str = "by influence") -> pd.DataFrame:
-    """The first ``keep`` examples of every task's ranking.
+class Tally(NamedTuple):
+    """How many examples a ranking has for a task."""
+
+    ranked: int
+    scored: int
+
+
+def tally_ranking(path: Path) -> dict[str, Tally]:
+    """Examples by task, counted without holding the ranking in memory."""
+    tally: dict[str, Tally] = {}
+    for batch in read_batches(path, ["task", "score"]):
+        scored = np.isfinite(batch["score"].to_numpy(zero_copy_only=False))
+        tasks = pc.dictionary_encode(batch["task"])
+        for code, task in enumerate(tasks.dictionary.to_pylist()):
+            own = tasks.indices.to_numpy() == code
+            known = tally.get(task, Tally(0, 0))
+            tally[task] = Tally(
+                known.ranked + int(own.sum()), known.scored + int(scored[own].sum())
+            )
+    return dict(sorted(tally.items()))
+
+
+def select_top(path: Path, keep: int, tally: Mapping[str, Tally]) -> pd.DataFrame:
+    """The first ``keep`` examples of every task's ranking; the rest of it is not read.
 
     Ties are settled by the ranking's own order, so the result does not depend on row order.
 
     Args:
-        ranking: Columns task, rank (from 1, best first), example_id, score.
+        path: File with columns task, rank (from 1, best first), example_id, score.
         keep: Examples per task.
-        basis: What the ranking is by, for the reason.
+        tally: Examples by task.
 
     Returns:
         Columns example_id, task, rank, score, reason; sorted by task and rank.
-
-    Raises:
-        DataError: A task has fewer examples with a finite score than ``keep``.
     """
-    parts: list[pd.DataFrame] = []
-    for task, group in ranking.groupby("task", sort=True):
-        scored = group[np.isfinite(group["score"])].sort_values("rank", kind="stable")
-        if len(scored) < keep:
-            raise DataError(
-                "fewer examples have a score than are to be selected",
-                where=f"task {task}",
-                value=f"{len(scored)} of {len(group)} examples have a score; {keep} wanted",
-                fix="lower select.fraction, or raise chat.max_length so that responses are not "
-                "cut away",
-            )
-        reason = f"top {keep} of {len(group)} {basis} on {task}"
-        parts.append(scored.head(keep).assign(reason=reason)[COLUMNS])
-    return pd.concat(parts, ignore_index=True)
+    basis = _basis(read_metadata(path))
+    top = read_arrow(path, where=pc.field("rank") <= keep).to_pandas()
+    top = top.sort_values(["task", "rank"], kind="stable", ignore_index=True)
+    reasons = {t: f"top {keep} of {n.ranked} {basis} on {t}" for t, n in tally.items()}
+    return top.assign(reason=top["task"].map(reasons))[COLUMNS]
 
 
 def selected_file(folder: Path, subset: str) -> Path:
@@ -156,18 +173,49 @@ def _pool_file(job: Job) -> Path:
     return job.parents["pool"] / "pool.parquet"
 
 
-def _same_examples(ranking: pd.DataFrame, pool: Mapping[str, Any], where: Path) -> None:
-    """Every task must rank every pool example exactly once."""
-    for task, group in ranking.groupby("task", sort=True):
-        ids = group["example_id"]
-        if len(ids) != len(pool) or set(ids) != set(pool):
-            strange = sorted(set(ids) ^ set(pool))[:5]
+def _check_tally(tally: Mapping[str, Tally], n_examples: int, keep: int, where: Path) -> None:
+    """Every task must rank as many examples as the pool has, and score those to be kept.
+
+    Raises:
+        ArtifactError: A task ranks more or fewer examples.
+        DataError: A task has fewer examples with a score than are to be selected.
+    """
+    for task, n in tally.items():
+        if n.ranked != n_examples:
             raise ArtifactError(
                 "ranking and pool do not hold the same examples",
                 where=f"{where}, task {task}",
-                value=f"{len(ids)} ranked, {len(pool)} in the pool, only in one: {strange}",
+                value=f"{n.ranked} ranked, {n_examples} in the pool",
                 fix="make the ranking again from this pool",
             )
+        if n.scored < keep:
+            raise DataError(
+                "fewer examples have a score than are to be selected",
+                where=f"task {task}",
+                value=f"{n.scored} of {n.ranked} examples have a score; {keep} wanted",
+                fix="lower select.fraction, or raise chat.max_length so that responses are not "
+                "cut away",
+            )
+
+
+def _pool_rows(path: Path, ids: pd.Series, ranking: Path) -> dict[str, dict[str, Any]]:
+    """Pool examples by id; the others are not read.
+
+    Raises:
+        ArtifactError: A selected example is not in the pool.
+    """
+    wanted = pa.array(sorted(set(ids)), pa.string())
+    rows = read_arrow(path, where=pc.field("example_id").isin(wanted)).to_pylist()
+    pool = {row["example_id"]: row for row in rows}
+    strange = [i for i in wanted.to_pylist() if i not in pool]
+    if strange:
+        raise ArtifactError(
+            "ranking and pool do not hold the same examples",
+            where=ranking,
+            value=f"{len(strange)} selected examples are not in the pool: {strange[:5]}",
+            fix="make the ranking again from this pool",
+        )
+    return pool
 
 
 def _basis(metadata: Mapping[str, Any]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -108,22 +109,63 @@ def pool_texts(folder: Path, ids: Sequence[str], tokenizer: Any, chat: ChatSecti
     Raises:
         ArtifactError: An id is not in the pool.
     """
-    table = read_arrow(folder / "pool.parquet", ["example_id", "messages"])
-    table = table.filter(pc.is_in(table["example_id"], pa.array(list(ids), pa.string())))
-    rows = (table[name].to_pylist() for name in ("example_id", "messages"))
-    messages = dict(zip(*rows, strict=True))
-    missing = [i for i in ids if i not in messages]
-    if missing:
+    blocks = _encoded_blocks(folder, ids, tokenizer, chat, max(1, len(ids)))
+    return _reported(Texts([e for block in blocks for e in block], []), folder)
+
+
+def pool_blocks(
+    folder: Path, ids: Sequence[str], tokenizer: Any, chat: ChatSection, size: int
+) -> Iterator[Texts]:
+    """Encode the pool examples ``ids`` in that order, ``size`` at a time.
+
+    Raises:
+        ArtifactError: An id is not in the pool.
+    """
+    counts: Counter[str] = Counter()
+    for block in _encoded_blocks(folder, ids, tokenizer, chat, size):
+        texts = Texts(block, [])
+        counts.update(texts.counts())
+        yield texts
+    if counts["truncated"] or counts["unsupervised"]:
+        log.warning(
+            "%s: %d of %d examples are cut to chat.max_length, %d have no supervised token left",
+            folder,
+            counts["truncated"],
+            counts["examples"],
+            counts["unsupervised"],
+        )
+
+
+def _encoded_blocks(
+    folder: Path, ids: Sequence[str], tokenizer: Any, chat: ChatSection, size: int
+) -> Iterator[list[Encoded]]:
+    """Encoded examples in blocks; only their messages are in memory as a whole, as Arrow."""
+    messages = _messages(folder / "pool.parquet", pa.array(list(ids), pa.string()))
+    for start in range(0, len(ids), size):
+        rows = messages[start : start + size].to_pylist()
+        yield [
+            encode(row, tokenizer, chat.template, chat.max_length, example_id=i)
+            for i, row in zip(ids[start : start + size], rows, strict=True)
+        ]
+
+
+def _messages(pool: Path, ids: pa.Array) -> pa.ChunkedArray:
+    """Messages of the pool examples ``ids``, in that order.
+
+    Raises:
+        ArtifactError: An id is not in the pool.
+    """
+    table = read_arrow(pool, ["example_id", "messages"], pc.field("example_id").isin(ids))
+    places = pc.index_in(ids, table["example_id"].cast(pa.string()))
+    if places.null_count:
+        missing = ids.filter(places.is_null())
         raise ArtifactError(
             f"{len(missing)} examples are not in the pool",
-            where=folder / "pool.parquet",
-            value=missing[0],
+            where=pool,
+            value=missing[0].as_py(),
             fix="make the split again from this pool",
         )
-    encoded = [
-        encode(messages[i], tokenizer, chat.template, chat.max_length, example_id=i) for i in ids
-    ]
-    return _reported(Texts(encoded, []), folder)
+    return table["messages"].take(places)
 
 
 def query_texts(folder: Path, tokenizer: Any, chat: ChatSection) -> Texts:

@@ -38,6 +38,34 @@ def open_store(path: Path) -> zarr.Group:
         raise ArtifactError("a Zarr store cannot be opened", where=path, value=str(error)) from None
 
 
+def allocate(
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    dims: tuple[str, ...],
+    chunk_rows: int,
+) -> zarr.Array[Any]:
+    """Make an array to be written block by block; blocks of ``chunk_rows`` are whole chunks.
+
+    Args:
+        group: Group to write into.
+        name: Name of the array.
+        shape: Its shape.
+        dtype: Its type.
+        dims: One name per axis.
+        chunk_rows: Rows of a chunk.
+    """
+    return group.create_array(
+        name,
+        shape=shape,
+        dtype=dtype,
+        chunks=(chunk_rows, *shape[1:]),
+        compressors=None,
+        dimension_names=list(dims),
+    )
+
+
 def put(
     group: zarr.Group,
     name: str,

@@ -312,6 +312,34 @@ class InfluenceSection(Section):
     )
 
 
+class FeaturesSection(Section):
+    """What is kept of every pool example's gradient."""
+
+    kind: Literal["exact", "countsketch", "logra", "random"] = Field(
+        "exact",
+        description="Exact inner products with the tasks' gradients (nothing of the gradient is "
+        "kept, a new task costs a pass), or a sketch of the gradient, which any later task is "
+        "compared with: a count sketch, low-rank features of each layer (LoGRA), or a random "
+        "projection.",
+    )
+    dim: int = Field(8192, ge=1, description="countsketch, random: numbers kept per example.")
+    rank: int = Field(
+        16, ge=1, description="logra: rank on each side; rank * rank numbers per layer and example."
+    )
+    distribution: Literal["rademacher", "gaussian"] = Field(
+        "rademacher", description="random: entries of the projection."
+    )
+    dtype: Literal["float16", "float32"] = Field(
+        "float16", description="Precision sketches are stored in, at unit length."
+    )
+    check: int = Field(
+        32,
+        ge=0,
+        description="Examples on which cosines of sketches are compared with exact ones; 0: none.",
+    )
+    seed: int = Field(0, description="Seed of the sketch and of the examples it is checked on.")
+
+
 class ScorerSection(Section):
     """What ranks the pool."""
 
@@ -397,6 +425,7 @@ class RunConfig(Section):
     proxy: ProxySection = ProxySection()
     align: AlignSection = AlignSection()
     influence: InfluenceSection = InfluenceSection()
+    features: FeaturesSection = FeaturesSection()
     scorer: ScorerSection = ScorerSection()
     fidelity: FidelitySection = FidelitySection()
     select: SelectSection = SelectSection()
