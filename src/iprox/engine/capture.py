@@ -156,6 +156,8 @@ def backward_pass(
     visit: Visitor,
     reduction: str = "token_mean",
     example_ids: Sequence[str] | None = None,
+    *,
+    skip_nonfinite: bool = False,
 ) -> Tensor:
     """One forward and one backward pass over a batch with frozen weights.
 
@@ -167,6 +169,7 @@ def backward_pass(
             losses, so that the rows of an example are its own gradient.
         reduction: Loss of an example: ``token_mean`` or ``token_sum``.
         example_ids: Names of the examples, for messages.
+        skip_nonfinite: Go on when the loss of an example is not finite; its rows mean nothing.
 
     Returns:
         Loss of every example, (examples,).
@@ -178,7 +181,8 @@ def backward_pass(
     embeds = input_embeddings(model, batch)
     with watch(layers, visit), torch.enable_grad():
         losses = example_losses(model, batch, reduction, embeds)
-        check_finite(losses, example_ids)
+        if not skip_nonfinite:
+            check_finite(losses, example_ids)
         torch.autograd.backward(losses.sum(), inputs=[embeds])
     return losses.detach()
 

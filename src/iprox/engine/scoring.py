@@ -9,7 +9,7 @@ size of a weight outlives the layer's turn (TracIn at one checkpoint, arXiv:2002
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from iprox.engine.packed import pack
 from iprox.errors import ModelError, NumericsError
 from iprox.numerics.ghost import (
     Choice,
+    GramSlice,
     LowRankQueries,
     choose_kernel,
     costs_of,
@@ -63,9 +64,9 @@ class _Grams:
     PLACES = 2
 
     def __init__(self) -> None:
-        self._seen: OrderedDict[int, tuple[Tensor, dict[int, list[Tensor]]]] = OrderedDict()
+        self._seen: OrderedDict[int, tuple[Tensor, dict[int, list[GramSlice]]]] = OrderedDict()
 
-    def of(self, x: Tensor, place: int, rows: Tensor) -> list[Tensor]:
+    def of(self, x: Tensor, place: int, rows: Tensor) -> list[GramSlice]:
         """``X X^T`` of one example of the packed inputs ``x``, whose rows are ``rows``."""
         known = self._seen.get(x.data_ptr())
         if known is None or not same_tensor(known[0], x):
@@ -111,26 +112,21 @@ class Scorer:
     ) -> None:
         self.model, self.layers, self.reduction = model, layers, reduction
         self.skip_nonfinite, self.query_rank = skip_nonfinite, query_rank
-        exact = _fitted(layers, queries)
-        self.n_queries = len(next(iter(exact.values())))
         self.costs = costs_of(next(iter(layers.values())).weight)
-        self.queries: dict[str, Tensor | LowRankQueries] = dict(exact)
-        self.truncation = torch.zeros(self.n_queries, dtype=torch.float64)
-        if query_rank and self.n_queries:
-            self._truncate(exact)
-
-    def _truncate(self, exact: Mapping[str, Tensor]) -> None:
-        """Replace the queries of layers that are larger than ``query_rank`` by thin factors."""
-        lost = torch.zeros_like(self.truncation)
-        total = torch.zeros_like(self.truncation)
-        for name, matrices in exact.items():
-            total += matrices.double().square().sum((1, 2)).cpu()
-            if min(matrices.shape[1:]) > self.query_rank:
-                thin, missing = truncate_queries(matrices, self.query_rank)
-                dtype = self.layers[name].weight.dtype
-                self.queries[name] = LowRankQueries(thin.left.to(dtype), thin.right.to(dtype))
-                lost += missing.cpu()
-        self.truncation = (lost / total).sqrt()
+        self.queries: dict[str, Tensor | LowRankQueries] = {}
+        lost, total = torch.zeros(2, 1, dtype=torch.float64)
+        for name, matrices in _fitted(layers, queries):  # one layer's in full at a time
+            self.n_queries = len(matrices)
+            self.queries[name] = matrices
+            total = total + matrices.double().square().sum((1, 2)).cpu()
+            if query_rank and len(matrices) and min(matrices.shape[1:]) > query_rank:
+                thin, missing = truncate_queries(matrices, query_rank)
+                dtype = layers[name].weight.dtype
+                self.queries[name] = thin._replace(
+                    left=thin.left.to(dtype), right=thin.right.to(dtype)
+                )
+                lost = lost + missing.cpu()
+        self.truncation = (lost / total.clamp(min=1e-300)).sqrt().expand(self.n_queries)
 
     def score(self, batch: Batch, example_ids: Sequence[str] | None = None) -> Scores:
         """One forward and one backward pass over a batch.
@@ -181,7 +177,7 @@ class Scorer:
             if len(x_rows) < limit:
                 squares.append(ghost_squared_norm(d_rows, grams.of(x, place, x_rows)))
             else:
-                none = d.new_empty(0, d.shape[1], x.shape[1])
+                none = widen(d[:0]).new_empty(0, d.shape[1], x.shape[1])
                 squares.append(materialised_products(d_rows, x_rows, none, [len(x_rows)])[1][0])
         return torch.stack(squares)
 
@@ -287,7 +283,9 @@ def mean_gradient(
     return sums
 
 
-def _fitted(layers: Mapping[str, nn.Linear], queries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _fitted(
+    layers: Mapping[str, nn.Linear], queries: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """Queries of exactly these layers, in at least float32; shapes checked."""
     if not queries:
         queries = {n: layer.weight.new_empty(0, *layer.weight.shape) for n, layer in layers.items()}
@@ -300,12 +298,12 @@ def _fitted(layers: Mapping[str, nn.Linear], queries: Mapping[str, Tensor]) -> d
             fix="use queries that were made with the same model and layers",
         )
     for name, layer in layers.items():
-        if queries[name].shape[1:] != layer.weight.shape:
+        matrices = queries[name]
+        if matrices.shape[1:] != layer.weight.shape:
             raise ModelError(
                 "a query gradient has another shape than its layer",
                 where=name,
-                value=tuple(queries[name].shape[1:]),
+                value=tuple(matrices.shape[1:]),
                 allowed=tuple(layer.weight.shape),
             )
-    dtype = widen(next(iter(layers.values())).weight[:0]).dtype
-    return {name: queries[name].to(dtype) for name in layers}
+        yield name, matrices.to(widen(layer.weight[:0]).dtype)

@@ -26,6 +26,7 @@ class Sketches(NamedTuple):
 
     rows: Tensor  # (examples, dim) float32, float64 for a float64 model
     losses: Tensor  # (examples,)
+    unusable: dict[int, str]  # place -> where a number was not finite; its row is zero
 
 
 class Sketcher:
@@ -36,6 +37,8 @@ class Sketcher:
         layers: The layers whose weights' gradients count.
         sketch: The map, over the shapes of these layers.
         reduction: Loss of an example: ``token_mean`` or ``token_sum``.
+        skip_nonfinite: Go on after an example whose loss or gradient is not finite, and list it
+            in :attr:`Sketches.unusable`, instead of raising.
     """
 
     def __init__(
@@ -44,8 +47,11 @@ class Sketcher:
         layers: Mapping[str, nn.Linear],
         sketch: Sketch,
         reduction: str = "token_mean",
+        *,
+        skip_nonfinite: bool = False,
     ) -> None:
         self.model, self.layers, self.map, self.reduction = model, layers, sketch, reduction
+        self.skip_nonfinite = skip_nonfinite
         self.dtype = widen(next(iter(layers.values())).weight[:0]).dtype
 
     def sketch(self, batch: Batch, example_ids: Sequence[str] | None = None) -> Sketches:
@@ -68,9 +74,28 @@ class Sketcher:
             sums[name] = d.flatten(1).sum(1)
             self.map.add_rows(name, x, d, rows)
 
-        losses = backward_pass(self.model, self.layers, batch, visit, self.reduction, example_ids)
-        _check_finite(rows, sums, example_ids)
-        return Sketches(rows, losses)
+        skip = self.skip_nonfinite
+        losses = backward_pass(
+            self.model,
+            self.layers,
+            batch,
+            visit,
+            self.reduction,
+            example_ids,
+            skip_nonfinite=skip,
+        )
+        unusable = _unusable(rows, sums, losses)
+        if unusable and not skip:
+            place, where = next(iter(unusable.items()))
+            raise NumericsError(
+                "the gradient of an example is not finite",
+                where=f"{example_name(place, example_ids)}, layer {where}",
+                allowed="finite numbers",
+                fix="look for broken text, or for a precision that overflows; "
+                "influence.on_nonfinite: skip leaves such examples out and lists them",
+            )
+        rows[list(unusable)] = 0
+        return Sketches(rows, losses, unusable)
 
 
 def sketch_gradients(
@@ -97,15 +122,11 @@ def sketch_gradients(
     return rows
 
 
-def _check_finite(rows: Tensor, sums: Mapping[str, Tensor], ids: Sequence[str] | None) -> None:
-    """Refuse sketches that are not finite, naming the layer the backward pass saw first."""
-    bad = (~torch.isfinite(rows).all(1)).nonzero().flatten().tolist()
-    if not bad:
-        return
-    layers = [name for name, total in sums.items() if not torch.isfinite(total[bad[0]])]
-    raise NumericsError(
-        "the gradient of an example is not finite",
-        where=f"{example_name(bad[0], ids)}" + (f", layer {layers[0]}" if layers else ""),
-        allowed="finite numbers",
-        fix="look for broken text, or for a precision that overflows",
-    )
+def _unusable(rows: Tensor, sums: Mapping[str, Tensor], losses: Tensor) -> dict[int, str]:
+    """Examples with a loss or sketch that is not finite, and the layer it was first seen in."""
+    good = losses.isfinite() & torch.isfinite(rows).all(1)
+    unusable = {}
+    for place in (~good).nonzero().flatten().tolist():
+        layers = [name for name, total in sums.items() if not torch.isfinite(total[place])]
+        unusable[place] = layers[0] if layers and losses[place].isfinite() else "loss"
+    return unusable

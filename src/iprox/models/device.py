@@ -7,6 +7,7 @@ import os
 import torch
 
 from iprox.errors import ModelError
+from iprox.numerics import matmul
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -20,10 +21,14 @@ def pick_device() -> torch.device:
 
 
 def set_threads(threads: int) -> None:
-    """Use this many CPU threads in every library of this process."""
+    """Use this many CPU threads in every library of this process, and the fastest exact products.
+
+    See :mod:`iprox.numerics.matmul` for what that means on which processor.
+    """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
     torch.set_num_threads(threads)
+    matmul.use_fastest()
 
 
 def dtype_of(name: str) -> torch.dtype:

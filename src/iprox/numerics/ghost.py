@@ -20,7 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GRAM_ROWS = 128
+from iprox.numerics.matmul import vector_products
+
+GRAM_ROWS = 64
 """Rows of a slice of a symmetric Gram matrix; of the slices only the upper part is computed."""
 
 SCRATCH_BYTES = 2**21
@@ -36,10 +38,16 @@ class Choice(NamedTuple):
 
 
 class LowRankQueries(NamedTuple):
-    """Fixed matrices as products of thin ones, ``V_k ~ left_k @ right_k``."""
+    """Fixed matrices as products of thin ones, ``V_k ~ left_k @ right_k``, side by side."""
 
-    left: Tensor  # (queries, out, rank)
-    right: Tensor  # (queries, rank, in)
+    left: Tensor  # (out, queries * rank)
+    right: Tensor  # (in, queries * rank)
+    rank: int
+
+    def matrices(self) -> Tensor:
+        """The products, (queries, out, in)."""
+        left, right = (t.unflatten(1, (-1, self.rank)).permute(1, 0, 2) for t in self[:2])
+        return left @ right.mT
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -65,20 +73,28 @@ def ghost_dot(d: Tensor, x: Tensor, d_other: Tensor, x_other: Tensor) -> Tensor:
     return pairs.sum((-2, -1))
 
 
-def half_gram(rows: Tensor) -> list[Tensor]:
+class GramSlice(NamedTuple):
+    """Some rows of a symmetric Gram matrix, from the diagonal on."""
+
+    diagonal: Tensor  # (rows, rows)
+    beyond: Tensor  # (rows, tokens after them)
+
+
+def half_gram(rows: Tensor) -> list[GramSlice]:
     """The upper part of ``rows @ rows^T``, in slices of :data:`GRAM_ROWS` rows.
 
     Args:
         rows: (tokens, features).
-
-    Returns:
-        For the slice that begins at row i: (its rows, tokens - i), from the diagonal on.
     """
     wide = widen(rows)
-    return [wide[i : i + GRAM_ROWS] @ wide[i:].mT for i in range(0, len(wide), GRAM_ROWS)]
+    slices = []
+    for start in range(0, len(wide), GRAM_ROWS):
+        some, rest = wide[start : start + GRAM_ROWS], wide[start + GRAM_ROWS :]
+        slices.append(GramSlice(some @ some.mT, some @ rest.mT))
+    return slices
 
 
-def ghost_squared_norm(d: Tensor, x_gram: Sequence[Tensor]) -> Tensor:
+def ghost_squared_norm(d: Tensor, x_gram: Sequence[GramSlice]) -> Tensor:
     """Squared Frobenius norm of ``D^T X`` from D and the Gram matrix of X.
 
     Both Gram matrices are symmetric: of every pair of tokens one is looked at.
@@ -91,12 +107,12 @@ def ghost_squared_norm(d: Tensor, x_gram: Sequence[Tensor]) -> Tensor:
         A scalar, clamped at zero where rounding would make it negative.
     """
     total = widen(d).new_zeros(())
-    for d_slice, x_slice in zip(half_gram(d), x_gram, strict=True):
-        square = len(d_slice)
-        pairs = torch.dot(d_slice.flatten(), x_slice.flatten())
-        within = torch.dot(d_slice[:, :square].flatten(), x_slice[:, :square].flatten())
-        total = total + 2 * pairs - within
-    return total.clamp(min=0)
+    d_gram = half_gram(d)
+    with vector_products():
+        for ours, theirs in zip(d_gram, x_gram, strict=True):
+            total += torch.dot(ours.diagonal.view(-1), theirs.diagonal.view(-1))
+            total += 2 * torch.dot(ours.beyond.view(-1), theirs.beyond.view(-1))
+    return total.clamp_(min=0)
 
 
 def example_sums(per_token: Tensor, rows: Sequence[int]) -> Tensor:
@@ -143,11 +159,8 @@ def low_rank_dot(d: Tensor, x: Tensor, queries: LowRankQueries, rows: Sequence[i
     Returns:
         (examples, queries).
     """
-    n, _, rank = queries.left.shape
-    left = d @ queries.left.permute(1, 0, 2).flatten(1)
-    right = x @ queries.right.flatten(0, 1).mT
-    products = (widen(left) * widen(right)).view(len(d), n, rank).sum(-1)
-    return example_sums(products, rows)
+    products = widen(d @ queries.left) * widen(x @ queries.right)
+    return example_sums(products, rows).unflatten(1, (-1, queries.rank)).sum(-1)
 
 
 def truncate_queries(matrices: Tensor, rank: int) -> tuple[LowRankQueries, Tensor]:
@@ -161,8 +174,10 @@ def truncate_queries(matrices: Tensor, rank: int) -> tuple[LowRankQueries, Tenso
         Their factors, and the squared norm of what each loses, (queries,) float64.
     """
     u, s, v = torch.linalg.svd(widen(matrices), full_matrices=False)
-    lost = s[:, rank:].double().square().sum(1)
-    return LowRankQueries(u[:, :, :rank] * s[:, None, :rank], v[:, :rank]), lost
+    rank = min(rank, s.shape[1])
+    left, right = u[:, :, :rank] * s[:, None, :rank], v[:, :rank].mT
+    left, right = (t.permute(1, 0, 2).flatten(1).contiguous() for t in (left, right))
+    return LowRankQueries(left, right, rank), s[:, rank:].double().square().sum(1)
 
 
 def materialised(d: Tensor, x: Tensor) -> Tensor:
@@ -204,8 +219,9 @@ def materialised_products(
             torch.mm(d_rows[:, top : top + height].mT, x_rows, out=product.view(-1, features))
             if narrow is not None:
                 part.copy_(product)
-            dots[i] += queries @ part
-            squares[i] += torch.dot(part, part)
+            with vector_products():
+                dots[i] += queries @ part
+                squares[i] += torch.dot(part, part)
     return dots, squares
 
 

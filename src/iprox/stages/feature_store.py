@@ -36,9 +36,10 @@ class Features:
         example_id: Ids, (examples,) large_string, ascending.
         dots: Inner products with the query gradients, (examples, columns) float64.
         norms: Norms of the examples' gradients, (examples,) float64.
-        loss: Losses of the examples, (examples,); NaN where there is no supervised token.
+        loss: Losses of the examples, (examples,); NaN where it cannot be scored: there is no
+            supervised token, or a number of it was not finite.
         tokens: Tokens per example, (examples,).
-        supervised: Supervised tokens per example, (examples,); 0 cannot be scored.
+        supervised: Supervised tokens per example, (examples,).
         columns: Names of the query gradients, ``<task>`` or ``<task>/<subtask>``.
         query_norms: Their norms, (columns,).
     """
@@ -67,7 +68,7 @@ class Features:
             Task -> (examples,) float32; -inf for examples that cannot be scored.
         """
         matrix = influence(self.dots, self.norms, self.query_norms, score)
-        matrix[self.supervised == 0] = UNSCORABLE
+        matrix[np.isnan(self.loss)] = UNSCORABLE
         owners = np.array([column.split("/")[0] for column in self.columns])
         return {t: matrix[:, owners == t].max(axis=1).astype(np.float32) for t in self.tasks}
 

@@ -7,13 +7,18 @@ shard's rows are in pool order whatever the batches were, and all shards togethe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from iprox.engine.scoring import Scorer
+from iprox.models.flops import load_of, network_of
+from iprox.numerics import flops
 from iprox.progress import Track, track
 from iprox.stages.feature_store import PER_EXAMPLE, Features
 from iprox.stages.passes import Reader, free_bytes, open_reader
@@ -23,6 +28,8 @@ from iprox.stages.texts import Texts, pool_ids, pool_texts, split_ids
 from iprox.store.arrays import create_store, put
 from iprox.store.job import Job, Metrics
 from iprox.study.schema import ChatSection, InfluenceSection
+
+log = logging.getLogger(__name__)
 
 WHOLE_POOL = "all"
 
@@ -50,11 +57,19 @@ def make(job: Job) -> Metrics:
     texts = pool_texts(
         job.parents["pool"], ids[start:stop], reader.tokenizer, job.section(ChatSection, "chat")
     )
-    reduction = job.section(InfluenceSection, "influence").loss_reduction
-    features, kernels, n_passes = score_texts(reader, queries, texts, reduction)
+    influence = job.section(InfluenceSection, "influence")
+    scored = score_texts(reader, queries, texts, influence)
+    features = scored.features
     store = create_store(
         job.out / "shard.zarr",
-        {"kernels": kernels, "loss_reduction": reduction, "queries": queries.about()},
+        {
+            "kernels": scored.kernels,
+            "loss_reduction": influence.loss_reduction,
+            "queries": queries.about(),
+            "query_rank": influence.query_rank,
+            "query_truncation": dict(zip(queries.columns, scored.truncation, strict=True)),
+            "skipped": scored.skipped,
+        },
     )
     put(store, "example_id", np.array(texts.ids, dtype=str), ("examples",))
     for name in PER_EXAMPLE[1:]:
@@ -62,7 +77,13 @@ def make(job: Job) -> Metrics:
         put(store, name, array, ("examples", "columns")[: array.ndim])
     put(store, "columns", np.array(features.columns), ("columns",))
     put(store, "query_norms", features.query_norms, ("columns",))
-    return {**texts.counts(), "passes": n_passes}
+    network, load = network_of(reader.model, reader.layers), load_of(texts.encoded)
+    return {
+        **texts.counts(),
+        "passes": scored.n_passes,
+        "skipped": len(scored.skipped),
+        "flops": flops.features(network, load, len(queries.columns), scored.n_passes),
+    }
 
 
 def example_ids(job: Job) -> list[str]:
@@ -73,16 +94,32 @@ def example_ids(job: Job) -> list[str]:
     return sorted(split_ids(job.parents["split"], subset))
 
 
+@dataclass
+class Scored:
+    """What came out of scoring a shard.
+
+    Attributes:
+        features: Inner products, norms and losses.
+        kernels: Which kernel layers of each shape used, and why.
+        truncation: Share of each column's query norm that ``query_rank`` left out.
+        n_passes: How many times the examples were passed through the model.
+        skipped: Example -> where a number of it was not finite.
+    """
+
+    features: Features
+    kernels: list[dict[str, int | str]] = field(default_factory=list)
+    truncation: list[float] = field(default_factory=list)
+    n_passes: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
 def score_texts(
-    reader: Reader, queries: Queries, texts: Texts, reduction: str
-) -> tuple[Features, list[dict[str, int | str]], int]:
+    reader: Reader, queries: Queries, texts: Texts, influence: InfluenceSection
+) -> Scored:
     """Score encoded examples against all queries.
 
     When the query gradients of all columns do not fit in memory together, the examples are
     passed several times, each time against a block of columns.
-
-    Returns:
-        The features, the kernels used, and the number of passes.
     """
     n = len(texts.encoded)
     supervised = np.array([e.supervised for e in texts.encoded])
@@ -97,22 +134,36 @@ def score_texts(
         query_norms=queries.norms,
     )
     scorable = np.flatnonzero(supervised)
-    blocks = list(_column_blocks(reader, len(queries.columns)))
-    kernels: list[dict[str, int | str]] = []
+    blocks = list(_column_blocks(reader, len(queries.columns), influence.query_rank))
+    scored = Scored(features)
     with track(len(scorable) * len(blocks), "examples", "scoring") as progress:
         for block in blocks:
-            tensors = {
-                name: torch.from_numpy(queries.load(name, block)).to(reader.device)
-                for name in reader.layers
-            }
-            scorer = Scorer(reader.model, reader.layers, tensors, reduction)
-            _fill(features, scorer, reader, texts, scorable, block, progress)
-            kernels = scorer.kernels()
-    return features, kernels, len(blocks)
+            scorer = Scorer(
+                reader.model,
+                reader.layers,
+                _Columns(reader, queries, block),
+                influence.loss_reduction,
+                query_rank=influence.query_rank,
+                skip_nonfinite=influence.on_nonfinite == "skip",
+            )
+            _fill(scored, scorer, reader, texts, scorable, block, progress)
+            scored.kernels = scorer.kernels()
+            scored.truncation += scorer.truncation.tolist()
+            scored.n_passes += 1
+    if scored.skipped:
+        some = ", ".join(sorted(scored.skipped)[:5])
+        log.warning(
+            "%d of %d examples have numbers that are not finite and rank last: %s%s",
+            len(scored.skipped),
+            n,
+            some,
+            ", ..." if len(scored.skipped) > 5 else "",
+        )
+    return scored
 
 
 def _fill(
-    features: Features,
+    scored: Scored,
     scorer: Scorer,
     reader: Reader,
     texts: Texts,
@@ -120,19 +171,47 @@ def _fill(
     columns: range,
     progress: Track,
 ) -> None:
-    """Write the norms, losses and inner products of some columns into ``features``."""
+    """Write the norms, losses and inner products of some columns into the features.
+
+    An example that is skipped has no loss, the norm 0 and inner products of 0.
+    """
+    features = scored.features
     for indices, batch in reader.batches([texts.encoded[i] for i in scorable]):
         rows = scorable[indices]
         scores = scorer.score(batch, [texts.encoded[i].example_id for i in rows])
         features.dots[rows, columns.start : columns.stop] = scores.dots.cpu().numpy()
         features.norms[rows] = scores.squared_norms.sqrt().cpu().numpy()
         features.loss[rows] = scores.losses.double().cpu().numpy()
+        for place, where in scores.unusable.items():
+            row = rows[place]
+            scored.skipped[texts.encoded[row].example_id] = where
+            features.dots[row], features.norms[row], features.loss[row] = 0, 0, np.nan
         progress.advance(len(rows), tokens=int(batch.lengths.sum()))
 
 
-def _column_blocks(reader: Reader, n_columns: int) -> Iterator[range]:
+class _Columns(Mapping[str, Tensor]):
+    """The query gradients of some columns by layer, each read when it is asked for."""
+
+    def __init__(self, reader: Reader, queries: Queries, columns: range) -> None:
+        self.reader, self.queries, self.columns = reader, queries, columns
+
+    def __getitem__(self, layer: str) -> Tensor:
+        return torch.from_numpy(self.queries.load(layer, self.columns)).to(self.reader.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.reader.layers)
+
+    def __len__(self) -> int:
+        return len(self.reader.layers)
+
+
+def _column_blocks(reader: Reader, n_columns: int, query_rank: int) -> Iterator[range]:
     """Columns in blocks whose query gradients fit in half of the free memory."""
-    column_bytes = sum(4 * layer.weight.numel() for layer in reader.layers.values())
+    column_bytes = 0
+    for layer in reader.layers.values():
+        out, features = layer.weight.shape
+        thin = 0 < query_rank < min(out, features)
+        column_bytes += 4 * (query_rank * (out + features) if thin else out * features)
     size = max(1, free_bytes(reader.device) // 2 // column_bytes)
     for start in range(0, n_columns, size):
         yield range(start, min(start + size, n_columns))

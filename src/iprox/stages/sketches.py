@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -63,12 +63,19 @@ def make_sketches(job: Job, reader: Reader, ids: list[str]) -> Metrics:
         NumericsError: A loss or gradient is not finite; names the example and layer.
     """
     section = job.section(FeaturesSection, "features")
-    reduction = job.section(InfluenceSection, "influence").loss_reduction
+    influence = job.section(InfluenceSection, "influence")
+    reduction = influence.loss_reduction
     shapes = {n: (layer.out_features, layer.in_features) for n, layer in reader.layers.items()}
     sketch = build_sketch(section, shapes, reader.device)
     start, stop = job.rows or (0, len(ids))
     store = create_store(job.out / "shard.zarr", attributes(sketch, section.dtype, reduction))
-    sketcher = Sketcher(reader.model, reader.layers, sketch, reduction)
+    sketcher = Sketcher(
+        reader.model,
+        reader.layers,
+        sketch,
+        reduction,
+        skip_nonfinite=influence.on_nonfinite == "skip",
+    )
     metrics = _write_shard(job, reader, sketcher, store, ids[start:stop], section.dtype)
     if start == 0 and section.check:
         metrics |= _check(job, reader, sketcher, ids, section)
@@ -146,13 +153,15 @@ def _write_shard(
     tokens, supervised = np.zeros(len(ids), int), np.zeros(len(ids), int)
     chat = job.section(ChatSection, "chat")
     counts: dict[str, int] = {}
+    skipped: dict[str, str] = {}
     with track(len(ids), "examples", "sketching") as progress:
         start = 0
         for texts in pool_blocks(job.parents["pool"], ids, reader.tokenizer, chat, size):
             rows = slice(start, start + len(texts.encoded))
-            sketches, losses = sketch_texts(reader, sketcher, texts.encoded)
-            stored[rows], norms[rows] = unit_rows(sketches, dtype)
-            loss[rows] = losses
+            found = sketch_texts(reader, sketcher, texts.encoded)
+            stored[rows], norms[rows] = unit_rows(found.rows, dtype)
+            loss[rows] = found.losses
+            skipped |= found.skipped
             tokens[rows] = [len(e) for e in texts.encoded]
             supervised[rows] = [e.supervised for e in texts.encoded]
             counts = {k: counts.get(k, 0) + n for k, n in texts.counts().items()}
@@ -166,25 +175,39 @@ def _write_shard(
         ("supervised", supervised),
     ):
         put(store, name, array, ("examples",))
-    return {**counts, "passes": 1}
+    store.attrs["skipped"] = skipped
+    if skipped:
+        log.warning("%d examples have numbers that are not finite and rank last", len(skipped))
+    return {**counts, "passes": 1, "skipped": len(skipped)}
 
 
-def sketch_texts(
-    reader: Reader, sketcher: Sketcher, encoded: list[Encoded]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sketches (examples, dim) and losses (examples,) of encoded examples.
+class Sketched(NamedTuple):
+    """Sketches of some examples."""
 
-    An example without a supervised token has a sketch of zeros and the loss NaN.
+    rows: np.ndarray  # (examples, dim)
+    losses: np.ndarray  # (examples,)
+    skipped: dict[str, str]  # example -> where a number was not finite
+
+
+def sketch_texts(reader: Reader, sketcher: Sketcher, encoded: list[Encoded]) -> Sketched:
+    """Sketches and losses of encoded examples.
+
+    An example without a supervised token, or that is skipped, has a sketch of zeros and the
+    loss NaN.
     """
     rows = np.zeros((len(encoded), sketcher.map.dim), dtype=np.float32)
     losses = np.full(len(encoded), np.nan)
+    skipped: dict[str, str] = {}
     scorable = [i for i, e in enumerate(encoded) if e.supervised]
     for places, batch in reader.batches([encoded[i] for i in scorable]):
         members = [scorable[i] for i in places]
         found = sketcher.sketch(batch, [encoded[i].example_id for i in members])
         rows[members] = found.rows.float().cpu().numpy()
         losses[members] = found.losses.double().cpu().numpy()
-    return rows, losses
+        for place, where in found.unusable.items():
+            losses[members[place]] = np.nan
+            skipped[encoded[members[place]].example_id] = where
+    return Sketched(rows, losses, skipped)
 
 
 def _check(
@@ -199,8 +222,10 @@ def _check(
     chosen = [ids[i] for i in sorted(drawn.tolist())]
     texts = pool_texts(job.parents["pool"], chosen, reader.tokenizer, chat)
     usable = sorted((e for e in texts.encoded if e.supervised), key=len)
-    sketched, _ = sketch_texts(reader, sketcher, usable)
-    unit, _ = unit_rows(sketched, section.dtype)
+    sketched = sketch_texts(reader, sketcher, usable)
+    good = [i for i, e in enumerate(usable) if e.example_id not in sketched.skipped]
+    usable = [usable[i] for i in good]
+    unit, _ = unit_rows(sketched.rows[good], section.dtype)
     gram = exact_gram(reader, usable, sketcher.reduction)
     errors = cosine_errors(gram, unit.astype(np.float64))
     if errors is None:

@@ -310,6 +310,18 @@ class InfluenceSection(Section):
     estimator: Literal["tracin"] = Field(
         "tracin", description="What is done to the query gradient before scoring; tracin: nothing."
     )
+    query_rank: int = Field(
+        0,
+        ge=0,
+        description="Score against query gradients cut to this rank in every layer, which is "
+        "faster and takes less memory; the share of their norm that is lost is stored beside the "
+        "scores. 0: exact.",
+    )
+    on_nonfinite: Literal["error", "skip"] = Field(
+        "error",
+        description="An example whose loss or gradient is not finite stops the job, or is left "
+        "out of the ranking, counted and listed.",
+    )
 
 
 class FeaturesSection(Section):
