@@ -257,11 +257,10 @@ class AlignSection(Section):
     recover_epochs: float = Field(
         0.0,
         ge=0,
-        description="Passes over the align examples that teach the proxy the target's "
-        "predictions at every token, before gradients are aligned; 0: none.",
+        description="Passes that first teach the proxy the target's predictions; 0: none.",
     )
-    recover_lr: float = Field(1e-3, gt=0, description="Peak learning rate of the recovery.")
-    recover_batch: int = Field(8, gt=0, description="Sequences per step of the recovery.")
+    recover_lr: float = Field(2e-4, gt=0, description="Peak learning rate of the recovery.")
+    recover_batch: int = Field(4, gt=0, description="Sequences per step of the recovery.")
     lr: float = Field(5e-5, gt=0, description="Learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay.")
     batch: int = Field(4, gt=0, description="Sequences per step.")
