@@ -14,7 +14,7 @@ from oracles import exact_model
 from torch import Tensor, nn
 
 from iprox.engine import align as align_module
-from iprox.engine import objective
+from iprox.engine import objective, recovery
 from iprox.engine.align import align_proxy, hold_out, rebalanced
 from iprox.engine.geometry import gradient_gram
 from iprox.engine.loss import IGNORE, Batch, example_losses
@@ -151,6 +151,17 @@ def test_projection_from_token_rows_is_that_of_the_dense_gradient() -> None:
     dense = d.T @ x
     found = alignment.project(Observed(x, d), pair)
     assert relative_error(found, [dense @ pair.right.T, pair.left.T @ dense]) < 1e-12
+
+
+def test_a_stack_of_dense_gradients_is_projected_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 5, 6), (3, 5, 7), (7, 2), (2, 6))
+    x, d, left, right = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    found = alignment.project_dense(d.mT @ x, FactorPair(left, right))
+    for i in range(3):
+        expected = alignment.project(Observed(x[i], d[i]), FactorPair(left, right))
+        torch.testing.assert_close(found.left[i], expected.left)
+        torch.testing.assert_close(found.right[i], expected.right)
 
 
 def test_projection_is_its_own_adjoint() -> None:
@@ -491,6 +502,81 @@ def test_learning_rate_rises_then_stays() -> None:
     assert set(rates[4:]) == {1.0}
     seen = [sorted(i for _, b in list(schedule.batches())[e : e + 10] for i in b) for e in (0, 10)]
     assert seen == [list(range(40))] * 2
+
+
+def test_the_recovery_rises_and_falls_and_is_counted_before_the_alignment() -> None:
+    align = AlignSection(recover_epochs=2, recover_lr=1.0, recover_batch=8, epochs=1, lr_warmup=0.2)
+    recovery = align_module._Schedule(40, align, recovers=True)
+    rates = [recovery.lr(step) for step, _ in recovery.batches()]
+    assert rates[0] == 0.5
+    assert rates[1:] == [(1 + math.cos(math.pi * step / 10)) / 2 for step in range(1, 10)]
+    assert [len(places) for _, places in recovery.batches()] == [8] * 10
+    after = align_module._Schedule(40, align, before=recovery)
+    assert (after.steps_before, after.epoch(10)) == (10, 3.0)
+    assert align_module._Schedule(40, AlignSection(), recovers=True).total == 0
+
+
+def divergence_by_hand(target: Any, proxy: Any, batch: Batch, tau: float) -> Tensor:
+    """Mean over real tokens, example by example, token by token."""
+    found = []
+    for ids, length in zip(batch.input_ids, batch.lengths.tolist(), strict=True):
+        logits = [m(input_ids=ids[None, :length]).logits[0] / tau for m in (target, proxy)]
+        p, q = (one.softmax(-1) for one in logits)
+        found += [tau**2 * (p[t] * (p[t] / q[t]).log()).sum() for t in range(length)]
+    return torch.stack(found).mean()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("slice_size", [1, 10**9])
+def test_imitation_is_the_mean_divergence_of_all_tokens(
+    architecture: str, slice_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "LOGITS_PER_SLICE", slice_size)
+    target = float64_model(architecture)
+    factorised = Factorised(as_proxy(target, svd_factors(target)), AlignSection())
+    batch = make_batch((9, 7, 4))
+    found = recovery.imitate(target, factorised.model, factorised.parameters, batch, tau=1.5)
+    expected = divergence_by_hand(target, factorised.model, batch, 1.5)
+    assert found.divergence == pytest.approx(float(expected.detach()), rel=1e-10)
+    gradients = torch.autograd.grad(expected, factorised.parameters)
+    assert relative_error(found.gradients, gradients) < 1e-9
+
+
+def test_recovery_brings_predictions_back_before_gradients_are_aligned() -> None:
+    done, after, before = run(
+        n=16, rank=12, epochs=1, recover_epochs=20, recover_lr=1e-2, select_by="objective"
+    )
+    train = [p for p in done.curve if p.split == "train"]
+    recovered = [p for p in train if p.loss_ga is None]
+    assert len(recovered) == 40
+    assert [p.loss_ga is None for p in train] == [True] * 40 + [False] * 3
+    assert recovered[-1].kl < 0.5 * recovered[0].kl
+    assert [p.step for p in train] == list(range(1, 44))
+    assert done.planned_steps == done.steps == 43
+    assert done.chosen.point.kl < done.start.point.kl
+    old = before.state_dict()
+    changed = {n for n, t in after.state_dict().items() if not torch.equal(t, old[n])}
+    assert all(".left." in name or ".right." in name for name in changed)
+
+
+def test_the_alignment_goes_on_from_the_best_step_of_the_recovery() -> None:
+    harmful = {"recover_epochs": 2, "recover_lr": 3.0, "recover_batch": 4, "n": 20, "rank": 14}
+    done, *_ = run(epochs=1, **harmful)
+    alone, *_ = run(epochs=1, n=20, rank=14)
+    gradients = [
+        [p.objective for p in r.curve if p.split == "train" and p.loss_ga is not None]
+        for r in (done, alone)
+    ]
+    assert done.chosen.point.fidelity >= done.start.point.fidelity
+    assert gradients[0] == gradients[1]
+
+
+def test_a_recovery_that_diverges_keeps_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    done, after, _ = run(recover_epochs=1, recover_batch=2, recover_lr=1e200, lr_warmup=0)
+    assert done.diverged_at is not None
+    assert done.chosen is done.start
+    assert "align.recover_lr" in caplog.text
+    assert same(Factorised(after, AlignSection()).copy(), done.start.factors)
 
 
 def test_held_out_examples_are_a_share_and_never_trained_on() -> None:

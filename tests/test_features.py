@@ -26,7 +26,7 @@ from iprox.data.batches import collate
 from iprox.data.chat import encode
 from iprox.engine import scoring
 from iprox.engine.loss import Batch
-from iprox.errors import ArtifactError
+from iprox.errors import ArtifactError, NumericsError
 from iprox.stages import features, query
 from iprox.stages.feature_store import Features, open_shards, read_features, restrict
 from iprox.stages.passes import Reader
@@ -230,3 +230,67 @@ def test_stages_run_on_a_saved_model(tmp_path: Path, target_folder: Path, pool: 
     parents = {"pool": pool, "query/t": out, "model": target_folder}
     found = make_features(tmp_path, parents)
     assert np.isfinite(found.scores("cosine")["t"]).all()
+
+
+def test_an_example_that_is_not_finite_stops_the_job_or_is_left_out(
+    tmp_path: Path, reader: Reader, pool: Path
+) -> None:
+    parents = {"pool": pool, "query/t": make_query(tmp_path)}
+    expected = make_features(tmp_path, parents)
+    ids = expected.example_id.to_pylist()
+    tokens = [set(example(reader, *EXAMPLES[i]).input_ids[0].tolist()) for i in ids]
+    broken, own = next(
+        (i, min(owned))
+        for i, one in enumerate(tokens)
+        if (owned := one - set().union(*(t for j, t in enumerate(tokens) if j != i)))
+    )
+    untied = reader.model.lm_head.weight.clone()
+    reader.model.lm_head.weight = torch.nn.Parameter(untied, requires_grad=False)
+    reader.model.get_input_embeddings().weight[own] = float("nan")
+    with pytest.raises(NumericsError, match=ids[broken]):
+        make_features(tmp_path, parents)
+    out = tmp_path / "skipping"
+    settings = {"on_nonfinite": "skip"}
+    made = features.make(
+        job("features", out, parents, (0, 7), subset={"name": "all"}, influence=settings)
+    )
+    assert made["skipped"] == 1
+    assert open_store(out / "shard.zarr").attrs["skipped"] == {ids[broken]: "loss"}
+    (out / "shard.zarr").rename(out / "shard-00000.zarr")
+    found = read_features(out)
+    for score in ("cosine", "dot"):
+        kept, whole = found.scores(score)["t"], expected.scores(score)["t"]
+        assert np.isneginf(kept[broken])
+        others = np.arange(7) != broken
+        np.testing.assert_allclose(kept[others], whole[others], rtol=1e-6)
+
+
+def test_cut_queries_score_like_their_approximation_and_say_what_is_lost(
+    tmp_path: Path, reader: Reader, pool: Path
+) -> None:
+    parents = {"pool": pool, "query/t": make_query(tmp_path)}
+    exact = make_features(tmp_path, parents)
+    vector = stored(parents["query/t"])
+    for rank in (2, 1000):
+        out = tmp_path / f"rank-{rank}"
+        settings = {"query_rank": rank}
+        features.make(
+            job("features", out, parents, (0, 7), subset={"name": "all"}, influence=settings)
+        )
+        attributes = open_store(out / "shard.zarr").attrs
+        lost = 0.0
+        near = {}
+        for name, matrix in vector.items():
+            u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+            near[name] = (u[:, :rank] * s[:rank]) @ v[:rank]
+            lost += float(s[rank:].square().sum())
+        share = (lost / inner(vector, vector)) ** 0.5
+        assert attributes["query_truncation"]["t"] == pytest.approx(share, rel=1e-5, abs=1e-9)
+        (out / "shard.zarr").rename(out / "shard-00000.zarr")
+        found = read_features(out)
+        np.testing.assert_allclose(found.norms, exact.norms, rtol=1e-9)
+        for i, example_id in enumerate(found.example_id.to_pylist()):
+            batch = example(reader, *EXAMPLES[example_id])
+            gradient = weight_gradients(reader.model, reader.layers, batch)
+            expected = inner(gradient, near)
+            assert found.dots[i, 0] == pytest.approx(expected, rel=1e-6, abs=1e-9)

@@ -161,6 +161,21 @@ def test_an_alignment_step(hvp: Any, exact: bool, positions: Any) -> None:
     assert flops.heldout_objective(*nets, LOAD, how) == pytest.approx(held, rel=TOLERANCE)
 
 
+def test_a_recovery_step() -> None:
+    target = model()
+    trained = Factorised(proxy(target), AlignSection())
+    ids = batch().input_ids
+
+    def whole() -> None:  # what engine.recovery.imitate computes in slices of the tokens
+        with torch.no_grad():
+            expected = target(input_ids=ids).logits.log_softmax(-1)
+        found = trained.model(input_ids=ids).logits.log_softmax(-1)
+        torch.nn.functional.kl_div(found, expected, log_target=True).backward()
+
+    nets = (network_of(target), network_of(trained.model, scored_linears(trained.model, ALL)))
+    assert flops.recovery(*nets, LOAD) == pytest.approx(counted(whole), rel=TOLERANCE)
+
+
 def test_a_comparison_of_gradients() -> None:
     dense = model()
     layers = block_linears(dense, ALL)

@@ -54,6 +54,7 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["probe", "decomposition", "factors", "proxy", *AFTER_PROXY],
     ),
     "align.lr": ({"align": {"lr": 1e-4}}, ["proxy", *AFTER_PROXY]),
+    "align.recover_epochs": ({"align": {"recover_epochs": 1.0}}, ["proxy", *AFTER_PROXY]),
     "split.align": ({"split": {"align": 7}}, ["split", "proxy", *AFTER_PROXY]),
     "split.fidelity": (
         {"split": {"fidelity": 10}},
@@ -101,6 +102,22 @@ def test_a_changed_key_reruns_exactly_what_depends_on_it(key: str) -> None:
     change, expected = CHANGES[key]
     assert rerun(**change) == expected
     assert stages(plan()) == stages(plan(**{}))  # and going back needs nothing new
+
+
+@pytest.mark.parametrize(
+    ("align", "roles"),
+    [
+        ({"epochs": 0.0}, {"factors", "warmup"}),
+        ({"epochs": 0.0, "recover_epochs": 1.0}, {"factors", "warmup", "pool", "split"}),
+    ],
+)
+def test_a_proxy_reads_the_align_examples_when_anything_is_trained(
+    align: dict[str, Any], roles: set[str]
+) -> None:
+    [node] = [n for (stage, _), n in plan(align=align).nodes.items() if stage == "proxy"]
+    assert set(node.parents) == roles
+    assert node.params["align"]["epochs"] == 0
+    assert node.params["align"]["recover_epochs"] == align.get("recover_epochs", 0.0)
 
 
 def test_every_section_of_a_run_is_covered_by_the_table_above() -> None:

@@ -1,9 +1,11 @@
 """Gradient alignment: training a proxy's factors until its gradients point as the target's do.
 
-IProX, arXiv:2602.17835, section 4.2. Only the factors train. Training can also harm a proxy
-that starts well, so the step to keep is chosen on held-out examples, the start among the
-candidates: by default the step at which the gradients of examples lie to each other in the
-proxy most as they do in the target, because that is what scores are made of.
+IProX, arXiv:2602.17835, section 4.2. Only the factors train. Before gradients are aligned, the
+proxy may be trained to predict as the target does (:mod:`iprox.engine.recovery`): a model that
+predicts something else has other gradients. Training can also harm a proxy that starts well, so
+the step to keep is chosen on held-out examples, the start among the candidates: by default the
+step at which the gradients of examples lie to each other in the proxy most as they do in the
+target, because that is what scores are made of.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from iprox.engine.capture import watch
 from iprox.engine.geometry import gradient_gram
 from iprox.engine.loss import Batch, example_losses, input_embeddings
 from iprox.engine.objective import Factorised, Objective, evaluate, gradient, observe
+from iprox.engine.recovery import imitate
 from iprox.errors import ConfigError, NumericsError
 from iprox.models.layers import scored_linears
 from iprox.models.lowrank import find_linear
@@ -49,8 +52,9 @@ class Point:
         step: Optimizer steps done; a train row shows the losses before its own step.
         epoch: Passes over the training examples by then.
         split: ``train``, a step's own batch, or ``heldout``, the mean over held-out batches.
-        loss_ga: Gradient alignment loss.
-        kl: Divergence of the proxy's predictions from the target's.
+        loss_ga: Gradient alignment loss; absent in train rows of the recovery.
+        kl: Divergence of the proxy's predictions from the target's; in train rows of the
+            recovery over all tokens, else where the anchor holds.
         objective: loss_ga + lambda_kl * kl.
         fidelity: Agreement of the examples' gradient geometry; held-out rows only.
         proxy_loss: Token-mean language modelling loss of the proxy.
@@ -103,6 +107,7 @@ class Alignment:
         steps: Optimizer steps done.
         diverged_at: Step at which a loss or gradient was not finite; None if there is none.
         tokens: Tokens trained on, repeats counted, without padding.
+        recovery_tokens: Those of them that the recovery trained on.
         n_zero: Gradient distances left out in training because a gradient was zero.
     """
 
@@ -112,6 +117,7 @@ class Alignment:
     steps: int = 0
     diverged_at: int | None = None
     tokens: int = 0
+    recovery_tokens: int = 0
     n_zero: int = 0
     _curve: list[Point] = field(default_factory=list)
     layers: list[LayerPoint] = field(default_factory=list)
@@ -169,6 +175,9 @@ def align_proxy(
 ) -> Alignment:
     """Train the factors of a proxy and choose the step to keep.
 
+    First its predictions are recovered (``align.recover_epochs``), then, from the best step so
+    far, its gradients are aligned (``align.epochs``).
+
     With ``align.rebalance``, a proxy that comes in the balanced gauge is brought back to it
     for each held-out evaluation, because the gauge is part of what scores see, and for good at
     each epoch's end. The optimizer then starts its averages afresh: its second moments belong
@@ -193,36 +202,21 @@ def align_proxy(
     factorised = Factorised(proxy, align)
     rebalance = balanced and align.rebalance
     judge = _Judge(target, factorised, heldout, collate, layers, rebalance, reduction)
-    schedule = _Schedule(len(train), align)
+    recovery = _Schedule(len(train), align, recovers=True)
+    schedule = _Schedule(len(train), align, before=recovery)
     start = judge.start()
-    run = Alignment(start, start, schedule.total)
+    run = Alignment(start, start, recovery.total + schedule.total)
     run.add_candidate(start, align.select_by)
-    optimizer = _optimizer(factorised)
-    with track(schedule.total, "steps", "alignment") as progress:
-        for step, places in schedule.batches():
-            batch = collate([train[i] for i in places])
-            epoch, lr = schedule.epoch(step), schedule.lr(step)
-            found, norm = _step(judge, factorised, optimizer, batch, lr)
-            if not (found.is_finite and math.isfinite(norm)):
-                run.diverged_at = step
-                break
-            tokens = int(batch.lengths.sum())
-            point = replace(_point(found, step, epoch, "train"), lr=lr, grad_norm=norm)
-            run.add_step(point, tokens, found.n_zero)
-            note = f"alignment loss {found.loss_ga:.3f}"
-            progress.advance(1, tokens, note, examples=len(places))
-            if schedule.is_judged(step):
-                candidate = judge(step, epoch)
-                if candidate is None:
-                    run.diverged_at = step
-                    break
-                run.add_candidate(candidate, align.select_by)
-            if rebalance and schedule.ends_epoch(step):
-                factorised.put(rebalanced(factorised.copy()))
-                optimizer = _optimizer(factorised)
+    trained = _Trained(judge, factorised, train, collate)
+    with track(run.planned_steps, "steps", "alignment") as progress:
+        for phase, step_of in ((recovery, _recovery_step), (schedule, _gradient_step)):
+            if run.diverged_at is None:
+                factorised.put(run.chosen.factors)
+                _train(run, trained, phase, step_of, rebalance, progress)
     if run.diverged_at is not None:
         log.warning(
-            "alignment diverged at step %d of %d; kept step %d. A lower align.lr may help",
+            "alignment diverged at step %d of %d; kept step %d. A lower align.lr or "
+            "align.recover_lr may help",
             run.diverged_at,
             run.planned_steps,
             run.chosen.point.step,
@@ -277,31 +271,59 @@ def first_not_finite(model: Any, layers: Mapping[str, nn.Linear], batch: Batch) 
 
 
 class _Schedule:
-    """Which examples each step sees, at what learning rate, and when the proxy is judged."""
+    """Which examples each step of a phase sees, at what learning rate, and when it is judged.
 
-    def __init__(self, n_examples: int, align: AlignSection) -> None:
-        self.n_examples, self.align = n_examples, align
-        self.per_epoch = math.ceil(n_examples / align.batch)
-        self.total = max(1, round(align.epochs * self.per_epoch))
+    Args:
+        n_examples: Examples to train on.
+        align: Settings.
+        recovers: Whether the phase is the recovery.
+        before: The phase before, whose steps and epochs are counted on.
+    """
+
+    def __init__(
+        self,
+        n_examples: int,
+        align: AlignSection,
+        *,
+        recovers: bool = False,
+        before: _Schedule | None = None,
+    ) -> None:
+        self.n_examples, self.align, self.recovers = n_examples, align, recovers
+        self.batch = align.recover_batch if recovers else align.batch
+        self.peak = align.recover_lr if recovers else align.lr
+        epochs = align.recover_epochs if recovers else align.epochs
+        self.per_epoch = math.ceil(n_examples / self.batch)
+        self.total = max(1, round(epochs * self.per_epoch)) if epochs > 0 else 0
         self.warmup = math.ceil(align.lr_warmup * self.total)
+        self.steps_before = before.total if before else 0
+        self.epochs_before = before.total / before.per_epoch if before else 0.0
 
     def batches(self) -> Iterator[tuple[int, list[int]]]:
         """Each step, from 1, and the places of its examples; a new order each epoch."""
-        rng = np.random.default_rng((self.align.seed, 1))  # another stream than hold_out's
+        stream = 2 if self.recovers else 1  # another one than hold_out's
+        rng = np.random.default_rng((self.align.seed, stream))
         order: list[int] = []
         for step in range(1, self.total + 1):
             place = (step - 1) % self.per_epoch
             if place == 0:
                 order = rng.permutation(self.n_examples).tolist()
-            yield step, order[place * self.align.batch : (place + 1) * self.align.batch]
+            yield step, order[place * self.batch : (place + 1) * self.batch]
 
     def lr(self, step: int) -> float:
-        """Learning rate: constant after a linear rise."""
-        return self.align.lr * min(1.0, step / max(1, self.warmup))
+        """Learning rate after a linear rise: constant, or in the recovery down a half cosine.
+
+        The factors are far from where the recovery takes them, so it starts with long steps and
+        needs short ones at its end.
+        """
+        rise = min(1.0, step / max(1, self.warmup))
+        if not self.recovers:
+            return self.peak * rise
+        fall = (1 + math.cos(math.pi * (step - 1) / self.total)) / 2
+        return self.peak * min(rise, fall)
 
     def epoch(self, step: int) -> float:
         """Passes over the examples after a step."""
-        return step / self.per_epoch
+        return self.epochs_before + step / self.per_epoch
 
     def ends_epoch(self, step: int) -> bool:
         """Whether a step is an epoch's last."""
@@ -401,17 +423,91 @@ class _Judge(Generic[ExampleT]):
         )
 
 
-def _step(
-    judge: _Judge, proxy: Factorised, optimizer: torch.optim.Optimizer, batch: Batch, lr: float
-) -> tuple[Objective, float]:
+class _Trained(NamedTuple):
+    """What both phases train: a proxy, beside its target, on examples."""
+
+    judge: _Judge[Any]
+    proxy: Factorised
+    examples: Sequence[Any]
+    collate: Callable[[Sequence[Any]], Batch]
+
+
+class _Step(NamedTuple):
+    """What an optimizer step saw before it moved the factors; not finite: it did not."""
+
+    point: Point
+    gradients: list[Tensor]
+    is_finite: bool
+    note: str
+    n_zero: int = 0
+
+
+def _train(
+    run: Alignment,
+    trained: _Trained,
+    phase: _Schedule,
+    step_of: Callable[[_Trained, Batch], _Step],
+    rebalance: bool,
+    progress: Any,
+) -> None:
+    """Train through one phase, adding its steps and candidates to the run."""
+    judge, proxy, align = trained.judge, trained.proxy, trained.proxy.align
+    optimizer = _optimizer(proxy)
+    for step, places in phase.batches():
+        batch = trained.collate([trained.examples[i] for i in places])
+        number, epoch, lr = phase.steps_before + step, phase.epoch(step), phase.lr(step)
+        found = step_of(trained, batch)
+        norm = _move(proxy, optimizer, found, lr)
+        if not (found.is_finite and math.isfinite(norm)):
+            run.diverged_at = number
+            return
+        tokens = int(batch.lengths.sum())
+        point = replace(found.point, step=number, epoch=epoch, lr=lr, grad_norm=norm)
+        run.add_step(point, tokens, found.n_zero)
+        run.recovery_tokens += tokens if phase.recovers else 0
+        progress.advance(1, tokens, found.note, examples=len(places))
+        if phase.is_judged(step):
+            candidate = judge(number, epoch)
+            if candidate is None:
+                run.diverged_at = number
+                return
+            run.add_candidate(candidate, align.select_by)
+        if rebalance and phase.ends_epoch(step) and not phase.recovers:
+            proxy.put(rebalanced(proxy.copy()))
+            optimizer = _optimizer(proxy)
+
+
+def _recovery_step(trained: _Trained, batch: Batch) -> _Step:
+    """Divergence of the proxy's predictions on a batch, and its gradient."""
+    judge, proxy = trained.judge, trained.proxy
+    found = imitate(judge.target, proxy.model, proxy.parameters, batch, proxy.align.tau)
+    point = Point(split="train", kl=found.divergence)
+    return _Step(
+        point, found.gradients, found.is_finite, f"recovery divergence {found.divergence:.3f}"
+    )
+
+
+def _gradient_step(trained: _Trained, batch: Batch) -> _Step:
+    """The alignment objective on a batch, and its gradient."""
+    judge, proxy = trained.judge, trained.proxy
+    view = observe(judge.target, judge.dense, batch, proxy.align)
+    found, gradients = gradient(proxy, batch, view)
+    return _Step(
+        _point(found, 0, 0.0, "train"),
+        gradients,
+        found.is_finite,
+        f"alignment loss {found.loss_ga:.3f}",
+        found.n_zero,
+    )
+
+
+def _move(proxy: Factorised, optimizer: torch.optim.Optimizer, found: _Step, lr: float) -> float:
     """One optimizer step, left out when its gradient is not finite.
 
     Returns:
-        The objective before the step and the norm of its gradient before clipping.
+        Norm of the gradient before clipping.
     """
-    view = observe(judge.target, judge.dense, batch, proxy.align)
-    found, gradients = gradient(proxy, batch, view)
-    for parameter, one in zip(proxy.parameters, gradients, strict=True):
+    for parameter, one in zip(proxy.parameters, found.gradients, strict=True):
         parameter.grad = one
     norm = float(nn.utils.clip_grad_norm_(proxy.parameters, proxy.align.clip))
     if math.isfinite(norm) and found.is_finite:
@@ -419,7 +515,7 @@ def _step(
             group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad()
-    return found, norm
+    return norm
 
 
 def _optimizer(proxy: Factorised) -> torch.optim.AdamW:

@@ -302,6 +302,12 @@ def alignment(
     return steps + geometry(target, compared, chunk) + candidates * judged
 
 
+def recovery(target: Network, proxy: Network, load: Load) -> float:
+    """Teaching a proxy the target's predictions at every token of ``load``."""
+    learn = one_pass(proxy, load, load.tokens) + 2 * proxy.factor_weights * load.tokens
+    return forward(target, load, load.tokens) + learn
+
+
 def alignment_step(target: Network, proxy: Network, load: Load, how: Anchoring) -> float:
     """The objective's gradient on ``load``: the target's pass, the proxy's, and second order."""
     logits, tokens = how.logits(load), load.tokens

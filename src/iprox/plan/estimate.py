@@ -308,7 +308,7 @@ class Estimator:
         target = self.network(node.parents["warmup"], node.params["layers"])
         weights = element * self.model_parameters(net)
         dense = element * self.parameters
-        if section["epochs"] == 0:
+        if section["epochs"] == 0 and section["recover_epochs"] == 0:
             memory = SMALL_PROCESS + dense + 4 * net.factor_weights
             return Need(memory=memory, disk=weights)
         texts = self.split_texts(node)
@@ -319,10 +319,11 @@ class Estimator:
         passes = self.activations(net, tokens, 4) * (3 if _is_second_order(section) else 1)
         supervised = tokens if section["kl_positions"] == "all" else tokens * texts.supervised
         return Need(
-            flops=flops.alignment(
+            flops=flops.recovery(target, net, _load(texts._replace(n=1)).times(steps.recovered))
+            + flops.alignment(
                 target,
                 net,
-                _load(texts._replace(n=1)).times(steps.seen),
+                _load(texts._replace(n=1)).times(steps.aligned),
                 _load(texts._replace(n=steps.heldout)),
                 _anchoring(section),
                 candidates=steps.candidates,
@@ -394,11 +395,23 @@ class _Steps:
         share = math.ceil(section["heldout"] * n_examples)
         self.heldout = min(max(MIN_HELDOUT, share), n_examples - 1)
         train = n_examples - self.heldout
-        per_epoch = math.ceil(train / section["batch"])
-        total = max(1, round(section["epochs"] * per_epoch))
-        every = section["evaluate_every"] or per_epoch
-        self.seen = total * train / per_epoch
-        self.candidates = 1 + total // every + (total % every > 0)
+        self.candidates = 1
+        self.recovered = self._phase(train, section["recover_epochs"], section["recover_batch"])
+        self.candidates += self._judged(section["evaluate_every"])
+        self.aligned = self._phase(train, section["epochs"], section["batch"])
+        self.candidates += self._judged(section["evaluate_every"])
+        self.seen = self.recovered + self.aligned
+
+    def _phase(self, train: int, epochs: float, batch: int) -> float:
+        """Examples seen in one phase of the training."""
+        self._per_epoch = math.ceil(train / batch)
+        self._total = max(1, round(epochs * self._per_epoch)) if epochs > 0 else 0
+        return self._total * train / self._per_epoch
+
+    def _judged(self, every: int) -> int:
+        """Candidates measured in the phase looked at last."""
+        every = every or self._per_epoch
+        return self._total // every + (self._total % every > 0)
 
 
 def needs_model(node: Node) -> bool:

@@ -261,8 +261,8 @@ class _RunPlanner:
             {"decomposition": nodes["decomposition"]},
         )
         parents = {"factors": nodes["factors"], "warmup": warmup}
-        align: dict[str, Any] = {"epochs": 0.0}
-        if self.config.align.epochs > 0:
+        align: dict[str, Any] = {"epochs": 0.0, "recover_epochs": 0.0}
+        if self.config.align.trains:
             parents |= {"pool": self.pool, "split": self.split("align")}
             align = self.config.align.model_dump()
         nodes["proxy"] = nodes["model"] = self.plan.add(

@@ -59,8 +59,9 @@ def make(job: Job) -> Metrics:
     Besides the model folder (config, weights, tokenizer, ``proxy.json``):
     ``alignment.parquet``, a row for each optimizer step (``train``) and each candidate
     (``heldout``, step 0 being the start), and ``alignment_layers.parquet`` with the held-out
-    gradient cosines of each candidate's layers. With ``align.epochs`` 0 nothing is trained or
-    measured, and the one row of step 0 has no losses.
+    gradient cosines of each candidate's layers. With both ``align.epochs`` and
+    ``align.recover_epochs`` 0 nothing is trained or measured, and the one row of step 0 has no
+    losses.
 
     Returns:
         Parameters of the proxy; steps done and asked for, the step kept, held-out fidelity of
@@ -78,7 +79,7 @@ def make(job: Job) -> Metrics:
     tokenizer = load_tokenizer(folder)
     factors = load_factors(job.parents["factors"] / "factors.safetensors")
     curve, layers, metrics = [Point(chosen=True)], list[LayerPoint](), unaligned()
-    if align.epochs > 0:
+    if align.trains:
         run, counts = _align(job, align, target, tokenizer, factors)
         factors, curve, layers = run.chosen.factors, run.curve, run.layers
         metrics = summary(run) | counts
@@ -196,10 +197,14 @@ def _operations(
         kl=align.lambda_kl > 0,
         all_positions=align.kl_positions == "all",
     )
-    return flops.alignment(
-        network_of(target, scored_linears(target, layers)),
-        network_of(proxy, scored_linears(proxy, layers)),
-        once.times(run.tokens / once.tokens),
+    dense = network_of(target, scored_linears(target, layers))
+    thin = network_of(proxy, scored_linears(proxy, layers))
+    aligned = run.tokens - run.recovery_tokens
+    recovery = flops.recovery(dense, thin, once.times(run.recovery_tokens / once.tokens))
+    return recovery + flops.alignment(
+        dense,
+        thin,
+        once.times(aligned / once.tokens),
         load_of(heldout),
         how,
         candidates=sum(point.split == "heldout" for point in run.curve),

@@ -22,6 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "align": {
             "epochs": 5.0,
+            "recover_epochs": 0.0,
             "lr": 5e-5,
             "lambda_kl": 0.1,
             "select_by": "objective",
@@ -43,6 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "align": {
             "epochs": 5.0,
+            "recover_epochs": 0.0,
             "lr": 1e-4,
             "lambda_kl": 0.1,
             "tau": 2.0,

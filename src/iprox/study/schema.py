@@ -254,6 +254,13 @@ class AlignSection(Section):
     epochs: float = Field(
         5.0, ge=0, description="Passes over the align examples; 0 skips alignment."
     )
+    recover_epochs: float = Field(
+        0.0,
+        ge=0,
+        description="Passes that first teach the proxy the target's predictions; 0: none.",
+    )
+    recover_lr: float = Field(2e-4, gt=0, description="Peak learning rate of the recovery.")
+    recover_batch: int = Field(4, gt=0, description="Sequences per step of the recovery.")
     lr: float = Field(5e-5, gt=0, description="Learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay.")
     batch: int = Field(4, gt=0, description="Sequences per step.")
@@ -291,6 +298,11 @@ class AlignSection(Section):
     )
     rebalance: bool = Field(True, description="Return to the balanced gauge after each epoch.")
     seed: int = Field(0, description="Seed of the order of examples and of the held-out share.")
+
+    @property
+    def trains(self) -> bool:
+        """Whether the factors are trained at all."""
+        return self.epochs > 0 or self.recover_epochs > 0
 
 
 class InfluenceSection(Section):
