@@ -25,6 +25,7 @@ from iprox.study.schema import LayersSection, PoolSection, TargetSection
 MODEL = "smollm2-135m"
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
 MAX_LENGTH = 512
+LARGE_VOCABULARY = 8192
 N_QUERIES = 3
 DEMO_POOL = PoolSection(name="alpaca-demo", limit=80, max_chars=400)
 """The demo's pool. Its first examples are scored, the last ones give the query gradients."""
@@ -59,12 +60,15 @@ def read_texts(work: Path) -> tuple[list[Encoded], int]:
     return [Encoded(**text) for text in content["texts"]], content["pad_id"]
 
 
-def cut(texts: Sequence[Encoded], lengths: Sequence[int]) -> list[Encoded]:
+def cut(
+    texts: Sequence[Encoded], lengths: Sequence[int], vocabulary: int | None = None
+) -> list[Encoded]:
     """Examples of given lengths, cut one after the other out of the texts put end to end.
 
-    The first quarter of each is taken as its prompt, without a loss.
+    The first quarter of each is taken as its prompt, without a loss. Token ids are taken modulo
+    ``vocabulary`` for a model that has fewer.
     """
-    stream = [token for text in texts for token in text.input_ids]
+    stream = [token % (vocabulary or token + 1) for text in texts for token in text.input_ids]
     stream = stream * (1 + sum(lengths) // len(stream))
     examples, start = [], 0
     for length in lengths:
@@ -89,7 +93,7 @@ def large_blocks(sparsity: float | None) -> Any:
         num_attention_heads=24,
         num_key_value_heads=8,
         head_dim=128,
-        vocab_size=8192,
+        vocab_size=LARGE_VOCABULARY,
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
@@ -114,7 +118,9 @@ def _make_proxies(work: Path) -> None:
         factors = {name: truncate(directions[name], rank) for name, rank in ranks.items()}
         folder = work / f"svd-{sparsity}"
         folder.mkdir()
-        save_proxy(folder, target, {n: (f.left, f.right) for n, f in factors.items()}, tokenizer, {})
+        save_proxy(
+            folder, target, {n: (f.left, f.right) for n, f in factors.items()}, tokenizer, {}
+        )
 
 
 def _ranks(model: Any, sparsity: float) -> dict[str, int]:

@@ -82,6 +82,6 @@ def batch_of(examples: Sequence[Encoded], pad_id: int) -> Batch:
     return Batch(*collate(examples, pad_id))
 
 
-def in_fours(examples: Sequence[Encoded]) -> list[Sequence[Encoded]]:
-    """Groups of four, for libraries that are given batches and keep a gradient per example."""
-    return [examples[i : i + 4] for i in range(0, len(examples), 4)]
+def in_groups(examples: Sequence[Encoded], size: int) -> list[Sequence[Encoded]]:
+    """Groups of neighbours, for libraries that are given batches and keep each gradient."""
+    return [examples[i : i + size] for i in range(0, len(examples), size)]

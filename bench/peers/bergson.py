@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import tempfile
 from pathlib import Path
 
 import torch
@@ -20,11 +18,11 @@ READS_QUERIES = False
 DIFFERS = "exact; its own batches of 2,048 padded tokens; head at every position"
 
 
-def prepare(problem: Problem) -> Scoring:
+def prepare(problem: Problem, scratch: Path) -> Scoring:
     """``collect_gradients`` with a ``Scorer`` that divides by the example's norm."""
     logging.disable(logging.WARNING)
     # as its own loader does: all frozen but the input embedding, so that there is a graph
-    model = copy.deepcopy(problem.model)
+    model = problem.model
     model.get_input_embeddings().requires_grad_(True)
     prefix = model.base_model_prefix + "."
     queries = {n.removeprefix(prefix): g.flatten(1) for n, g in problem.gradients.items()}
@@ -36,11 +34,10 @@ def prepare(problem: Problem) -> Scoring:
             "length": lengths,
         }
     )
-    scratch = tempfile.TemporaryDirectory()
 
     def run() -> Answer:
         config = IndexConfig(
-            run_path=f"{scratch.name}/scores", projection_dim=0, loss_reduction="mean"
+            run_path=str(scratch / "scores"), projection_dim=0, loss_reduction="mean"
         )
         Path(config.partial_run_path).mkdir(parents=True, exist_ok=True)
         writer = InMemorySequenceScoreWriter(len(data), len(problem.queries))

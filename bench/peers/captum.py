@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from captum.influence import TracInCP
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bench.problem import Answer, Problem, Scoring, batch_of, in_fours
+from bench.problem import Answer, Problem, Scoring, batch_of, in_groups
 from iprox.engine.loss import Batch, example_losses
 
 PACKAGE = "captum"
@@ -48,10 +48,12 @@ def _sum(losses: Tensor, labels: Tensor) -> Tensor:
 _sum.reduction = "sum"
 
 
-def prepare(problem: Problem) -> Scoring:
+def prepare(problem: Problem, scratch: Path) -> Scoring:
     """``TracInCP.influence`` with the learning rate 1 and per-batch gradients of linear layers."""
     warnings.filterwarnings("ignore")
-    model = _Losses(copy.deepcopy(problem.model))
+    model = _Losses(problem.model)
+    # its hooks need inputs that require gradients, those of the first block as well
+    model.model.get_input_embeddings().requires_grad_(True)
 
     def batch(examples: Any) -> tuple[Tensor, ...]:
         made = batch_of(examples, problem.pad_id)
@@ -59,7 +61,7 @@ def prepare(problem: Problem) -> Scoring:
 
     tracin = TracInCP(
         model,
-        _Batches([batch(four) for four in in_fours(problem.pool)]),
+        _Batches([batch(group) for group in in_groups(problem.pool, 4)]),
         checkpoints=["as it is"],
         checkpoints_load_func=lambda model, path: 1.0,
         layers=[f"model.{name}" for name in problem.layers],

@@ -1,51 +1,53 @@
-"""dattri: TracIn at one checkpoint ("Grad-Dot")."""
+"""dattri: LoGra, inner products of gradients projected on both sides of every layer."""
 
 from __future__ import annotations
 
-import copy
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from dattri.algorithm import TracInAttributor
+from dattri.algorithm import LoGraAttributor
 from dattri.task import AttributionTask
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bench.peers.functional import example_loss
 from bench.problem import Answer, Problem, Scoring, batch_of
 from iprox.data.chat import Encoded
+from iprox.engine.loss import Batch, example_losses
 
 PACKAGE = "dattri"
 READS_QUERIES = True
 DIFFERS = (
-    "exact inner products, no norms in the same pass; batches of 4, whose every one takes the "
-    "query gradients again; its random projection, on by default, is switched off"
+    "a sketch: its LoGra with the identity as Hessian and its default of 64 x 64 projections per "
+    "layer, batches of 4. Its exact TracIn flattens all weights into one vector, whose every "
+    "slice gets a gradient of full size: three texts took more than 160 s"
 )
 
 
-def prepare(problem: Problem) -> Scoring:
-    """``TracInAttributor.attribute`` with weight 1."""
-    model = copy.deepcopy(problem.model)
-    for name in problem.layers:  # dattri takes gradients of what requires them
-        model.get_submodule(name).weight.requires_grad_()
+def prepare(problem: Problem, scratch: Path) -> Scoring:
+    """``LoGraAttributor``: ``cache`` the pool, then ``attribute`` the queries."""
+    logging.disable(logging.WARNING)
+    model = problem.model
+    model.get_input_embeddings().requires_grad_(True)  # so that there is a graph
 
-    def loss(weights: Any, data: tuple[Tensor, Tensor]) -> Tensor:
-        return example_loss(model, weights, *data)
+    def loss(model: Any, batch: dict[str, Tensor], device: str) -> Tensor:
+        ids, labels = batch["input_ids"], batch["labels"]
+        whole = torch.full((len(ids),), ids.shape[1])  # causal: padding at the right needs no mask
+        return example_losses(model, Batch(ids, labels, whole)).sum()
 
-    attributor = TracInAttributor(
-        AttributionTask(loss, model, model.state_dict()),
-        weight_list=torch.ones(1),
-        normalized_grad=False,
-    )
-    attributor.projector_kwargs = None  # None as an argument keeps the default projection
-
-    def collated(examples: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+    def collated(examples: Sequence[Encoded]) -> dict[str, Tensor]:
         batch = batch_of(examples, problem.pad_id)
-        return batch.input_ids, batch.labels
+        return {"input_ids": batch.input_ids, "labels": batch.labels}
 
+    task = AttributionTask(loss, model, model.state_dict())
     pool = DataLoader(list(problem.pool), batch_size=4, collate_fn=collated)
-    queries = DataLoader(
-        list(problem.queries), batch_size=len(problem.queries), collate_fn=collated
-    )
-    return lambda: Answer(attributor.attribute(pool, queries), None)
+    queries = DataLoader(list(problem.queries), batch_size=1, collate_fn=collated)
+
+    def run() -> Answer:
+        attributor = LoGraAttributor(task, list(problem.layers), hessian="Identity")
+        attributor.cache(pool)
+        return Answer(attributor.attribute(pool, queries), None)
+
+    return run

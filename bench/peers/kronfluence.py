@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
 from kronfluence.analyzer import Analyzer, prepare_model
-from kronfluence.arguments import FactorArguments, ScoreArguments
+from kronfluence.arguments import FactorArguments
 from kronfluence.task import Task
 from kronfluence.utils.dataset import DataLoaderKwargs
 from torch import Tensor, nn
@@ -40,15 +38,12 @@ class _LanguageModelling(Task):
         return self.layers
 
 
-def prepare(problem: Problem) -> Scoring:
+def prepare(problem: Problem, scratch: Path) -> Scoring:
     """``Analyzer.compute_pairwise_scores`` with the strategy ``identity``."""
     logging.disable(logging.WARNING)
     task = _LanguageModelling(list(problem.layers))
-    model = prepare_model(copy.deepcopy(problem.model), task)
-    scratch = tempfile.TemporaryDirectory()
-    analyzer = Analyzer(
-        "bench", model, task, cpu=True, disable_tqdm=True, output_dir=scratch.name
-    )
+    model = prepare_model(problem.model, task)
+    analyzer = Analyzer("bench", model, task, cpu=True, disable_tqdm=True, output_dir=str(scratch))
 
     def collated(examples: Sequence[Encoded]) -> list[Tensor]:
         return list(batch_of(examples, problem.pad_id))
@@ -59,16 +54,15 @@ def prepare(problem: Problem) -> Scoring:
     )
 
     def run() -> Answer:
-        scores = analyzer.compute_pairwise_scores(
+        analyzer.compute_pairwise_scores(
             scores_name="scores",
             factors_name="identity",
             query_dataset=list(problem.queries),
             train_dataset=list(problem.pool),
             per_device_query_batch_size=len(problem.queries),
             per_device_train_batch_size=4,
-            score_args=ScoreArguments(damping_factor=None),
             overwrite_output_dir=True,
         )
-        return Answer(torch.as_tensor(scores["all_modules"]).T, None)
+        return Answer(analyzer.load_pairwise_scores("scores")["all_modules"].T, None)
 
     return run

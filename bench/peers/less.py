@@ -6,6 +6,8 @@ block linears are used as they are, so that the loop is also the brute-force ans
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from bench.problem import Answer, Problem, Scoring
@@ -15,7 +17,7 @@ READS_QUERIES = False
 DIFFERS = "own loop, batch size 1; no LoRA, no projection, no Adam moments"
 
 
-def prepare(problem: Problem) -> Scoring:
+def prepare(problem: Problem, scratch: Path) -> Scoring:
     """Inner products and norms from ``.grad``, one example at a time."""
     weights = [layer.weight for layer in problem.layers.values()]
     queries = [problem.gradients[name].flatten(1) for name in problem.layers]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from trak import TRAKer
 from trak.modelout_functions import AbstractModelOutput
+from trak.projectors import BasicProjector, ProjectionType
 from trak.score_computers import BasicScoreComputer
 
 from bench.peers.functional import example_loss
-from bench.problem import Answer, Problem, Scoring, batch_of, in_fours
+from bench.problem import Answer, Problem, Scoring, batch_of, in_groups
 
 PACKAGE = "traker"
 READS_QUERIES = True
@@ -48,22 +49,39 @@ class _PlainDots(BasicScoreComputer):
         return grads
 
 
-def prepare(problem: Problem) -> Scoring:
-    """``featurize`` and ``score`` with ``TRAKer``, in batches of 4."""
-    model = copy.deepcopy(problem.model)
+class _Kept(BasicProjector):
+    """A projection matrix that outlives the pool: TRAK frees it and then projects the queries."""
+
+    def free_memory(self) -> None:
+        pass
+
+
+def prepare(problem: Problem, scratch: Path) -> Scoring:
+    """``featurize`` and ``score`` with ``TRAKer``, in batches of 2."""
+    model = problem.model
+    model.set_attn_implementation("eager")  # the fused kernel has no batching rule under vmap
     checkpoint = model.state_dict()
-    pool = [batch_of(four, problem.pad_id) for four in in_fours(problem.pool)]
+    pool = [batch_of(group, problem.pad_id) for group in in_groups(problem.pool, 2)]
     queries = batch_of(problem.queries, problem.pad_id)
 
+    layers = problem.layers.values()
+    projector = _Kept(
+        grad_dim=sum(layer.weight.numel() for layer in layers),
+        proj_dim=PROJECTED,
+        seed=0,
+        proj_type=ProjectionType.normal,
+        device="cpu",
+    )
+
     def run() -> Answer:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
             traker = TRAKer(
                 model=model,
                 task=_Loss(),
                 train_set_size=len(problem.pool),
                 save_dir=folder,
                 device="cpu",
-                proj_dim=PROJECTED,
+                projector=projector,
                 score_computer=_PlainDots,
                 use_half_precision=False,
                 grad_wrt=[f"{name}.weight" for name in problem.layers],
@@ -77,7 +95,6 @@ def prepare(problem: Problem) -> Scoring:
             traker.score((queries.input_ids, queries.labels), num_samples=len(queries.labels))
             scores = torch.as_tensor(traker.finalize_scores("bench"))
         # TRAK divides both sides by the root of the number of weights, and projects unscaled
-        n_weights = sum(layer.weight.numel() for layer in problem.layers.values())
-        return Answer(scores * n_weights / PROJECTED, None)
+        return Answer(scores * projector.grad_dim / PROJECTED, None)
 
     return run
