@@ -21,7 +21,7 @@ import pandas as pd
 
 from bench import figure, material, report
 from bench.peers import NAMES
-from bench.rows import Row
+from bench.rows import MEASURED, Row
 from iprox.store.tables import read_table, write_table
 
 FOLDER = Path(__file__).parent
@@ -33,12 +33,9 @@ def main() -> None:
     """Measure what was asked for; write table, figure and README."""
     args = parse()
     material.make(args.work, args.cache)
-    rows: list[Row] = []
-    for part in args.only:
-        rows += run_part(part, args)
-    if rows:
-        TABLE.parent.mkdir(exist_ok=True)
-        write_table(TABLE, merged(TABLE, rows, args.only))
+    TABLE.parent.mkdir(exist_ok=True)
+    for part in args.only:  # kept part by part: a run that is stopped loses one
+        write_table(TABLE, merged(TABLE, run_part(part, args), part))
     table = read_table(TABLE)
     figure.draw(table, TABLE.parent / "cost.svg")
     report.update(FOLDER / "README.md", table)
@@ -117,24 +114,18 @@ def environment() -> dict[str, str]:
     return {**os.environ, **single, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
 
-def merged(file: Path, rows: list[Row], parts: list[str]) -> pd.DataFrame:
-    """The new rows, and what the file has of parts that were not run."""
+def merged(file: Path, rows: list[Row], part: str) -> pd.DataFrame:
+    """The new rows of a part, and what the file has of the others."""
     table = pd.DataFrame([asdict(row) for row in rows])
-    table["part"] = [part_of(row.section, row.dtype) for row in rows]
+    table = table.astype(dict.fromkeys(MEASURED, "float64"))
+    table["part"] = part
     table["date"] = datetime.date.today().isoformat()
     table["cores"] = os.cpu_count()
     if not file.exists():
         return table
     old = read_table(file)
-    return pd.concat([old[~old["part"].isin(parts)], table], ignore_index=True)
-
-
-def part_of(section: str, dtype: str) -> str:
-    """Which ``--only`` a row belongs to."""
-    if section == "scores" and dtype == "bfloat16":
-        return "bf16"
-    sweeps = ("pool size", "length", "tasks", "rank", "tail")
-    return "scaling" if section in sweeps else section
+    both = pd.concat([old[old["part"] != part], table], ignore_index=True)
+    return both.sort_values("part", key=lambda p: p.map(PARTS.index), kind="stable")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MEASURED = ("x", "seconds", "ratio", "spread", "memory_mib", "cosine_error", "spearman")
+"""Columns of numbers that a row may lack."""
+
 
 @dataclass
 class Row:

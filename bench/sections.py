@@ -32,6 +32,9 @@ SWEEP_TOKENS = 512
 TAIL_TOKENS = 1536
 """Tokens of each of the pools whose throughput is compared."""
 
+Plan = dict[tuple[str, str, int], Callable[[], object]]
+"""(case, model, queries) -> what to run."""
+
 
 class Setting(NamedTuple):
     """What a run of the suite was asked for."""
@@ -51,7 +54,7 @@ class Setting(NamedTuple):
 
 
 def scores(setting: Setting, dtype: str) -> list[Row]:
-    """Plain passes, the exact scorer on target and proxies, and brute force, in turn."""
+    """Plain passes and the exact scorer on target and proxies, in turn; then brute force, untimed."""
     kind = dtype_of(dtype)
     problems = {
         "target": setting.problem(load_model(setting.work / "target", kind)),
@@ -61,7 +64,7 @@ def scores(setting: Setting, dtype: str) -> list[Row]:
         },
     }
     target = problems["target"]
-    plan: dict[tuple[str, str, int], Callable[[], object]] = {}
+    plan: Plan = {}
     for name, run in floor.floors(target, padded(target)).items():
         plan[name, "target", 0] = run
     for model, problem in problems.items():
@@ -85,7 +88,7 @@ def blocks(setting: Setting) -> list[Row]:
     texts, _ = material.read_texts(setting.work)
     pool = material.cut(texts, [len(t) for t in texts[:6]], material.LARGE_VOCABULARY)
     dense = _unposed(material.large_blocks(None), pool, 1)
-    plan: dict[tuple[str, str, int], Callable[[], object]] = {
+    plan: Plan = {
         (name, "dense", 0): run for name, run in floor.frozen_floors(dense, padded(dense)).items()
     }
     plan["ours", "dense", 1] = ours.prepare(dense)
@@ -166,14 +169,13 @@ def padded(problem: Problem) -> list[Batch]:
 
 def _timed(
     section: str,
-    plan: Mapping[tuple[str, str, int], Callable[[], object]],
+    plan: Plan,
     base: Problem,
     rounds: int,
     dtype: str,
 ) -> list[Row]:
     """Rows of a plan (case, model, queries) -> run, whose first model has the floor."""
-    named = {"\n".join(map(str, key)): run for key, run in plan.items()}
-    seconds = dict(zip(plan, in_turn(named, rounds).values(), strict=True))
+    seconds = in_turn(plan, rounds)
     first = next(iter(plan))[1]
     floors = [
         t for (case, model, _), t in seconds.items() if case in floor.FROZEN and model == first
@@ -203,7 +205,7 @@ def _point(
 ) -> list[Row]:
     """One point of a sweep: the scorer beside the frozen pass."""
     base = floor_of or problem
-    plan: dict[tuple[str, str, int], Callable[[], object]] = {
+    plan: Plan = {
         (name, "target", 0): run for name, run in floor.frozen_floors(base, padded(base)).items()
     }
     model = "target" if floor_of is None else f"svd-{x}"

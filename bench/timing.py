@@ -5,10 +5,13 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
+
+Case = TypeVar("Case", bound=Hashable)
 
 
-def in_turn(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def in_turn(cases: Mapping[Case, Callable[[], object]], rounds: int) -> dict[Case, list[float]]:
     """CPU seconds of every case in every round.
 
     The cases of a round follow each other, so that a machine that slows down or is shared slows
@@ -18,7 +21,7 @@ def in_turn(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
         cases: What to run, by name.
         rounds: How often. No run is left out as a warm-up: take medians.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    seconds: dict[Case, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
             start = time.process_time()

@@ -18,6 +18,7 @@ from bench import floor, ours, report, sections  # noqa: E402
 from bench.agreement import compare  # noqa: E402
 from bench.peers import less  # noqa: E402
 from bench.problem import Answer, Problem, pose  # noqa: E402
+from bench.rows import MEASURED  # noqa: E402
 from bench.timing import in_turn, ratio_to_best  # noqa: E402
 
 
@@ -31,10 +32,11 @@ def problem() -> Problem:
 
 def test_ours_equals_the_loop_of_backward_passes(problem: Problem, tmp_path: Path) -> None:
     found, truth = ours.prepare(problem)(), less.prepare(problem, tmp_path)()
-    torch.testing.assert_close(found.dots, truth.dots, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(found.norms, truth.norms, rtol=1e-10, atol=1e-12)
+    # transformers takes the loss of its logits in float32, whatever the model's precision
+    torch.testing.assert_close(found.dots, truth.dots, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.norms, truth.norms, rtol=1e-5, atol=1e-6)
     error, spearman = compare(found, truth, problem.query_norms())
-    assert error < 1e-12
+    assert error < 1e-6
     assert spearman == 1
 
 
@@ -76,8 +78,7 @@ def test_the_readme_shows_what_was_not_installed(tmp_path: Path) -> None:
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     row = {"section": "peers", "case": "bergson", "model": "target", "dtype": "float32"}
     row |= {"queries": 1, "status": "not installed", "date": "2026-11-22", "cores": 2}
-    numbers = ("x", "seconds", "ratio", "spread", "memory_mib", "cosine_error", "spearman")
-    report.update(readme, pd.DataFrame([row | dict.fromkeys(numbers, float("nan"))]))
+    report.update(readme, pd.DataFrame([row | dict.fromkeys(MEASURED, float("nan"))]))
     text = readme.read_text()
     assert "| bergson | target | 1 | not installed |" in text
     assert text.startswith("before")
