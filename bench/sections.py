@@ -54,7 +54,7 @@ class Setting(NamedTuple):
 
 
 def scores(setting: Setting, dtype: str) -> list[Row]:
-    """Plain passes and the exact scorer on target and proxies, in turn; then brute force, untimed."""
+    """Plain passes and the exact scorer on target and proxies; then brute force, untimed."""
     kind = dtype_of(dtype)
     problems = {
         "target": setting.problem(load_model(setting.work / "target", kind)),
