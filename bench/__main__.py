@@ -1,8 +1,8 @@
 """Run the benchmark suite: ``python -m bench [--only PART ...] [--examples N] [--rounds N]``.
 
 Each part runs in a process of its own on one thread. Rows of parts that are run replace their
-last results in ``bench/results/rows.parquet``; the figure and the tables in ``bench/README.md``
-are made from that file.
+last results in ``bench/results/rows.parquet``; the figure, the tables in ``bench/README.md``
+and the sentence in the project's are made from that file.
 """
 
 from __future__ import annotations
@@ -38,14 +38,21 @@ def main() -> None:
         write_table(TABLE, merged(TABLE, run_part(part, args), part))
     table = read_table(TABLE)
     figure.draw(table, TABLE.parent / "cost.svg")
-    report.update(FOLDER / "README.md", table)
+    report.update(FOLDER / "README.md", report.TABLES, report.tables(table))
+    report.update(FOLDER.parent / "README.md", report.SENTENCE, report.sentence(table))
     print(report.headline(table))
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="parts to run")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        choices=PARTS,
+        default=PARTS,
+        help="parts to run; none: only draw again",
+    )
     parser.add_argument("--examples", type=int, default=16, help="examples of the demo's pool")
     parser.add_argument("--rounds", type=int, default=3, help="times each case is run")
     parser.add_argument(
@@ -101,9 +108,10 @@ def worker(args: argparse.Namespace, python: str, *part: str) -> list[Row]:
             return [Row(**row) for row in json.loads(out.read_text(encoding="utf-8"))]
     reason = done.stderr.strip().splitlines()[-1]
     print(done.stderr, file=sys.stderr)
-    section = {"peer": "peers", "peer_memory": "memory"}.get(part[0], part[0])
-    missing = "ModuleNotFoundError" in reason
-    return [Row(section, part[-1], status="not installed" if missing else f"failed: {reason}")]
+    status = "not installed" if "ModuleNotFoundError" in reason else f"failed: {reason}"
+    if part[0] in ("peer", "peer_memory"):
+        return [Row("peers" if part[0] == "peer" else "memory", part[1], "target", status=status)]
+    return [Row(part[0], " ".join(part), status=status)]
 
 
 def environment() -> dict[str, str]:

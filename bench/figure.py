@@ -12,22 +12,23 @@ mpl.use("Agg")
 
 OURS, OTHERS = "#0072B2", "#999999"
 SWEEPS = {
-    "pool size": "examples in the pool",
+    "pool size": "examples",
     "length": "tokens per example",
     "tasks": "query gradients",
-    "rank": "sparsity of the proxy",
+    "rank": "sparsity of a proxy",
 }
 
 
 def draw(table: pd.DataFrame, file: Path) -> None:
     """Bars of the cost of one query, and the sweeps below, as SVG."""
-    panels = plt.figure(figsize=(8, 7), layout="constrained").subplot_mosaic(
-        [["bars"] * 4, list(SWEEPS)], height_ratios=[3, 1]
+    above, below = plt.figure(figsize=(8, 7), layout="constrained").subfigures(
+        2, 1, height_ratios=[3, 1.2]
     )
-    _bars(table, panels["bars"])
-    for section, label in SWEEPS.items():
-        _sweep(table[table["section"] == section], panels[section], label)
-    panels["pool size"].set_ylabel("CPU time / frozen pass")
+    _bars(table, above.subplots())
+    panels = below.subplots(1, len(SWEEPS))
+    for axes, (section, label) in zip(panels, SWEEPS.items(), strict=True):
+        _sweep(table[table["section"] == section], axes, label)
+    panels[0].set_ylabel("ours / frozen pass")
     with mpl.rc_context({"svg.hashsalt": "iprox"}):
         plt.savefig(file, metadata={"Date": None})
     plt.close()

@@ -1,4 +1,4 @@
-"""The measured rows as Markdown tables, written between the markers of the README."""
+"""The measured rows as Markdown, written between markers of the READMEs."""
 
 from __future__ import annotations
 
@@ -8,19 +8,48 @@ from pathlib import Path
 
 import pandas as pd
 
-BEGIN = "<!-- results: written by `python -m bench`; do not edit below -->"
-END = "<!-- end of results -->"
+TABLES = (
+    "<!-- results: written by `python -m bench`; do not edit below -->",
+    "<!-- end of results -->",
+)
+SENTENCE = ("<!-- cost: written by `python -m bench` -->", "<!-- end of cost -->")
+"""What generated text stands between in this folder's README, and in the project's."""
 
 Column = tuple[str, Callable[[pd.Series], str]]
 
 
-def update(readme: Path, table: pd.DataFrame) -> None:
-    """Replace what stands between the markers."""
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    content = "\n\n".join([BEGIN, *results(table), END])
-    readme.write_text(before + content + after, encoding="utf-8")
+def update(readme: Path, markers: tuple[str, str], content: str) -> None:
+    """Replace what stands between two markers."""
+    begin, end = markers
+    before, rest = readme.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end)[1]
+    readme.write_text(f"{before}{begin}\n{content}\n{end}{after}", encoding="utf-8")
+
+
+def tables(table: pd.DataFrame) -> str:
+    """Everything that was measured, as Markdown."""
+    return "\n" + "\n\n".join(results(table)) + "\n"
+
+
+def sentence(table: pd.DataFrame) -> str:
+    """The cost of scoring with one query, in float32, in one sentence."""
+    rows = table[(table["dtype"] == "float32") & (table["queries"] == 1)]
+
+    def cost(section: str, case: str, model: str) -> str:
+        chosen = rows[
+            (rows["section"] == section) & (rows["case"] == case) & (rows["model"] == model)
+        ]
+        return ratio(chosen.iloc[0]) if len(chosen) else "not measured"
+
+    others = {name: cost("peers", name, "target") for name in ("less", "bergson", "kronfluence")}
+    return (
+        f"  {cost('scores', 'ours', 'target')} on the target, "
+        f"{cost('scores', 'ours', 'svd-0.5')} on a proxy with half\n"
+        f"  the linear parameters, {cost('scores', 'ours', 'svd-0.7')} with 30 % of them. The same "
+        f"inner products on the target by other means: a\n"
+        f"  loop of backward passes {others['less']}, bergson {others['bergson']}, "
+        f"kronfluence {others['kronfluence']}."
+    )
 
 
 def results(table: pd.DataFrame) -> list[str]:

@@ -75,10 +75,11 @@ def test_lengths_have_a_long_tail_and_the_total_asked_for() -> None:
 
 def test_the_readme_shows_what_was_not_installed(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme.write_text("before\n{}\nold\n{}\nafter\n".format(*report.TABLES))
     row = {"section": "peers", "case": "bergson", "model": "target", "dtype": "float32"}
     row |= {"queries": 1, "status": "not installed", "date": "2026-11-22", "cores": 2}
-    report.update(readme, pd.DataFrame([row | dict.fromkeys(MEASURED, float("nan"))]))
+    table = pd.DataFrame([row | dict.fromkeys(MEASURED, float("nan"))])
+    report.update(readme, report.TABLES, report.tables(table))
     text = readme.read_text()
     assert "| bergson | target | 1 | not installed |" in text
     assert text.startswith("before")

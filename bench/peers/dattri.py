@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,11 @@ def prepare(problem: Problem, scratch: Path) -> Scoring:
     queries = DataLoader(list(problem.queries), batch_size=1, collate_fn=collated)
 
     def run() -> Answer:
-        attributor = LoGraAttributor(task, list(problem.layers), hessian="Identity")
-        attributor.cache(pool)
-        return Answer(attributor.attribute(pool, queries), None)
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:  # else it writes where it stands
+            attributor = LoGraAttributor(
+                task, list(problem.layers), hessian="Identity", cache_dir=folder
+            )
+            attributor.cache(pool)
+            return Answer(attributor.attribute(pool, queries), None)
 
     return run
