@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 demo: $(READY)  ## Run the demo study to its report. OVERLAY=FILE changes some of its keys.
 	@$(BIN)/snakemake --quiet host rules reason --resources mem_mb=8000 \
@@ -21,6 +21,15 @@ check: $(READY)  ## Format, lint and types.
 	$(BIN)/snakefmt --check Snakefile workflow/rules
 	$(BIN)/snakemake --lint
 	$(BIN)/mypy
+
+bench: $(READY) bench/.venv/.ready  ## Cost of scoring, beside other libraries. BENCH="--only ...".
+	$(BIN)/python -m bench $(BENCH)
+
+bench/.venv/.ready: bench/requirements.txt
+	@echo "building the environment of the compared libraries in bench/.venv (a minute, once)"
+	@$(PYTHON) -m venv bench/.venv
+	@bench/.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
 
 $(READY): envs/lock.txt envs/models.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
