@@ -544,7 +544,13 @@ def test_imitation_is_the_mean_divergence_of_all_tokens(
 
 def test_recovery_brings_predictions_back_before_gradients_are_aligned() -> None:
     done, after, before = run(
-        n=16, rank=12, epochs=1, recover_epochs=20, recover_lr=1e-2, select_by="objective"
+        n=16,
+        rank=12,
+        epochs=1,
+        recover_epochs=20,
+        recover_lr=1e-2,
+        recover_batch=8,
+        select_by="objective",
     )
     train = [p for p in done.curve if p.split == "train"]
     recovered = [p for p in train if p.loss_ga is None]

@@ -170,7 +170,7 @@ def test_a_recovery_step() -> None:
         with torch.no_grad():
             expected = target(input_ids=ids).logits.log_softmax(-1)
         found = trained.model(input_ids=ids).logits.log_softmax(-1)
-        torch.nn.functional.kl_div(found, expected, log_target=True).backward()
+        torch.nn.functional.kl_div(found, expected, reduction="sum", log_target=True).backward()
 
     nets = (network_of(target), network_of(trained.model, scored_linears(trained.model, ALL)))
     assert flops.recovery(*nets, LOAD) == pytest.approx(counted(whole), rel=TOLERANCE)
