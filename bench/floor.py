@@ -8,9 +8,15 @@ import torch
 
 from bench.problem import Problem, batch_of
 from iprox.engine.loss import Batch, example_losses, input_embeddings
+from iprox.numerics.matmul import vector_products
 
-FROZEN = ("frozen", "frozen, padded batches")
-"""The passes that a ratio is taken to, whichever of them is faster."""
+FROZEN = (
+    "frozen",
+    "frozen, padded batches",
+    "frozen, eager attention",
+    "frozen, PyTorch's choice of library",
+)
+"""The passes that a ratio is taken to, whichever of them is fastest."""
 
 
 def floors(problem: Problem, batches: Sequence[Batch]) -> dict[str, Callable[[], None]]:
@@ -25,6 +31,8 @@ def floors(problem: Problem, batches: Sequence[Batch]) -> dict[str, Callable[[],
         "forward": lambda: forward(problem, singles),
         "frozen": lambda: frozen(problem, singles),
         "frozen, padded batches": lambda: frozen(problem, batches),
+        "frozen, eager attention": lambda: eager(problem, singles),
+        "frozen, PyTorch's choice of library": lambda: own_library(problem, singles),
         "weight gradients": lambda: weight_gradients(problem, singles),
         "forward(labels=...), padded batches": lambda: labelled(problem, batches),
     }
@@ -51,6 +59,20 @@ def frozen(problem: Problem, batches: Sequence[Batch]) -> None:
         embeds = input_embeddings(problem.model, batch)
         losses = example_losses(problem.model, batch, embeds=embeds)
         torch.autograd.backward(losses.sum(), inputs=[embeds])
+
+
+def eager(problem: Problem, batches: Sequence[Batch]) -> None:
+    """The frozen pass with attention by plain products instead of the fused kernel."""
+    before = problem.model.config._attn_implementation
+    problem.model.set_attn_implementation("eager")
+    frozen(problem, batches)
+    problem.model.set_attn_implementation(before)
+
+
+def own_library(problem: Problem, batches: Sequence[Batch]) -> None:
+    """The frozen pass with products from the library that PyTorch would take by itself."""
+    with vector_products():
+        frozen(problem, batches)
 
 
 def weight_gradients(problem: Problem, batches: Sequence[Batch]) -> None:

@@ -29,6 +29,9 @@ from iprox.study.schema import LayersSection
 SWEEP_TOKENS = 512
 """Tokens of a point of a sweep over lengths, tasks or ranks."""
 
+QUERY_RANK = 32
+CUT = f"ours, queries of rank {QUERY_RANK}"
+
 TAIL_TOKENS = 1536
 """Tokens of each of the pools whose throughput is compared."""
 
@@ -72,12 +75,13 @@ def scores(setting: Setting, dtype: str) -> list[Row]:
             plan["frozen", model, 0] = floor.floors(problem, ())["frozen"]
         for n_queries in (1, 3):
             plan["ours", model, n_queries] = ours.prepare(problem.asking(n_queries))
+    plan[CUT, "target", 3] = ours.prepare(target, QUERY_RANK)
     rows = _timed("scores", plan, target, setting.rounds, dtype)
     truth = _truth(setting, problems, dtype)
     for row in rows:
-        if row.case == "ours" and row.queries == 3 and row.model in truth:
+        if row.case in ("ours", CUT) and row.queries == 3 and row.model in truth:
             reference, query_norms = truth[row.model]
-            answer = ours.prepare(problems[row.model])()
+            answer = ours.prepare(problems[row.model], QUERY_RANK if row.case == CUT else 0)()
             row.cosine_error, row.spearman = compare(answer, reference, query_norms)
             row.against = "brute force in float32"
     return rows

@@ -48,11 +48,13 @@ def test_bfloat16_attends_as_the_model_library_does() -> None:
         torch.testing.assert_close(found, alone, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("by_products", [False, True])
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("window", [None, 4])
 def test_attention_is_a_softmax_over_the_tokens_before(
-    window: int | None, cap: float | None
+    window: int | None, cap: float | None, by_products: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(packed, "_products_are_faster", lambda _: by_products)
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 4, 9, 8, generator=generator, dtype=torch.float64)
     key, value = torch.randn(2, 1, 2, 9, 8, generator=generator, dtype=torch.float64)

@@ -22,7 +22,7 @@ PACKAGE = "dattri"
 READS_QUERIES = True
 DIFFERS = (
     "a sketch: its LoGra with the identity as Hessian and its default of 64 x 64 projections per "
-    "layer, batches of 4. Its exact TracIn flattens all weights into one vector, whose every "
+    "layer, one text at a time. Its exact TracIn flattens all weights into one vector, whose every "
     "slice gets a gradient of full size: three texts took more than 160 s"
 )
 
@@ -43,7 +43,7 @@ def prepare(problem: Problem, scratch: Path) -> Scoring:
         return {"input_ids": batch.input_ids, "labels": batch.labels}
 
     task = AttributionTask(loss, model, model.state_dict())
-    pool = DataLoader(list(problem.pool), batch_size=4, collate_fn=collated)
+    pool = DataLoader(list(problem.pool), batch_size=1, collate_fn=collated)
     queries = DataLoader(list(problem.queries), batch_size=1, collate_fn=collated)
 
     def run() -> Answer:

@@ -18,11 +18,16 @@ from torch import Tensor
 
 from iprox.engine.loss import IGNORE, Batch
 from iprox.errors import ModelError
+from iprox.numerics import matmul
 
 ATTENTION = "iprox_packed"
 REPLACED = ("sdpa", "eager")
 """Attention implementations that packing replaces by its own. The others (flash attention, flex)
 find the borders of examples by themselves, where positions start again at 0."""
+
+LONGEST_BY_PRODUCTS = 640
+"""Tokens up to which attention by plain products is considered: its memory grows with their
+square."""
 
 UNSUPPORTED = ("s_aux", "position_bias")
 """Arguments of attention variants that are not a softmax over the tokens before alone."""
@@ -150,27 +155,43 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, cap: float | None
 ) -> Tensor:
     """Causal attention of one example, (1, heads, tokens, width)."""
-    tokens = query.shape[2]
+    heads, tokens = key.shape[1], query.shape[2]
+    groups = query.shape[1] // heads
     inside = window is None or tokens <= window
-    grouped = query.shape[1] != key.shape[1]
-    slow = query.dtype == torch.bfloat16 and query.device.type == "cpu"
-    if inside and cap is None and not slow:
+    if inside and cap is None and not _products_are_faster(query):
         return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
+            query, key, value, is_causal=True, scale=scale, enable_gqa=groups > 1
         )
-    # The CPU's fused kernel takes 2 to 4 times as long as plain products in bfloat16.
-    heads = key.shape[1]
-    q = query.unflatten(1, (heads, -1)).flatten(2, 3)  # query heads of one key head: one matrix
-    logits = (q @ key.mT) * scale
-    if cap is not None:
-        logits = torch.tanh(logits / cap) * cap
-    hidden = _hidden(tokens, window, query.device).repeat(query.shape[1] // heads, 1)
-    weights = torch.softmax(logits.masked_fill(hidden, float("-inf")), dim=-1)
-    return (weights @ value).unflatten(2, (-1, tokens)).flatten(1, 2)
+    # The query heads of one key head in one matrix: (key heads, groups * tokens, width).
+    q = (query[0] * scale).unflatten(0, (heads, groups)).flatten(1, 2)
+    bias = _bias(tokens, None if inside else window, groups, query.dtype, query.device)
+    if cap is None:
+        logits = torch.baddbmm(bias, q, key[0].mT)
+    else:
+        logits = torch.tanh(q @ key[0].mT / cap) * cap + bias
+    attended = torch.softmax(logits, dim=-1) @ value[0]
+    return attended.unflatten(1, (groups, tokens)).flatten(0, 1)[None]
 
 
-def _hidden(tokens: int, window: int | None, device: torch.device) -> Tensor:
-    """Which tokens (columns) each token (rows) must not see."""
+def _products_are_faster(query: Tensor) -> bool:
+    """Whether plain products beat the fused kernel, as measured on CPUs.
+
+    They do in bfloat16 (2 to 4 times), and up to some hundred tokens in float32 when products
+    come from oneDNN (2 to 5 times).
+    """
+    if query.device.type != "cpu" or query.shape[2] > LONGEST_BY_PRODUCTS:
+        return False
+    return query.dtype == torch.bfloat16 or (
+        query.dtype == torch.float32 and matmul.is_from_onednn()
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _bias(
+    tokens: int, window: int | None, groups: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """-inf where a token (rows) must not see another (columns), (groups * tokens, tokens)."""
     ones = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
-    later = ones.triu(1)
-    return later if window is None else later | ones.tril(-window)
+    hidden = ones.triu(1) if window is None else ones.triu(1) | ones.tril(-window)
+    zeros = torch.zeros(tokens, tokens, dtype=dtype, device=device)
+    return zeros.masked_fill(hidden, float("-inf")).repeat(groups, 1)

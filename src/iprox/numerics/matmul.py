@@ -31,6 +31,11 @@ def use_fastest() -> str:
     return "default"
 
 
+def is_from_onednn() -> bool:
+    """Whether products of float32 matrices come from oneDNN at the moment."""
+    return bool(_SWITCH.matmul.fp32_precision == "bf16")
+
+
 @contextmanager
 def vector_products() -> Iterator[None]:
     """Within this context products with vectors are as fast as they are by default.
