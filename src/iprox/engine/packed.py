@@ -19,6 +19,7 @@ from torch import Tensor
 from iprox.engine.loss import IGNORE, Batch
 from iprox.errors import ModelError
 from iprox.numerics import matmul
+from iprox.numerics.ghost import widen
 
 ATTENTION = "iprox_packed"
 REPLACED = ("sdpa", "eager")
@@ -162,14 +163,16 @@ def _attend(
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=groups > 1
         )
-    # The query heads of one key head in one matrix: (key heads, groups * tokens, width).
-    q = (query[0] * scale).unflatten(0, (heads, groups)).flatten(1, 2)
-    bias = _bias(tokens, None if inside else window, groups, query.dtype, query.device)
+    # In at least float32, as fused kernels do: logits rounded to bfloat16 shift the weights. The
+    # query heads of one key head are one matrix: (key heads, groups * tokens, width).
+    q, k = widen(query[0]) * scale, widen(key[0])
+    q = q.unflatten(0, (heads, groups)).flatten(1, 2)
+    bias = _bias(tokens, None if inside else window, groups, q.dtype, q.device)
     if cap is None:
-        logits = torch.baddbmm(bias, q, key[0].mT)
+        logits = torch.baddbmm(bias, q, k.mT)
     else:
-        logits = torch.tanh(q @ key[0].mT / cap) * cap + bias
-    attended = torch.softmax(logits, dim=-1) @ value[0]
+        logits = torch.tanh(q @ k.mT / cap) * cap + bias
+    attended = torch.softmax(logits, dim=-1).to(value.dtype) @ value[0]
     return attended.unflatten(1, (groups, tokens)).flatten(0, 1)[None]
 
 
