@@ -20,15 +20,18 @@ SWEEPS = {
 
 
 def draw(table: pd.DataFrame, file: Path) -> None:
-    """Bars of the cost of one query, and the sweeps below, as SVG."""
-    above, below = plt.figure(figsize=(8, 7), layout="constrained").subfigures(
-        2, 1, height_ratios=[3, 1.2]
-    )
-    _bars(table, above.subplots())
-    panels = below.subplots(1, len(SWEEPS))
-    for axes, (section, label) in zip(panels, SWEEPS.items(), strict=True):
-        _sweep(table[table["section"] == section], axes, label)
-    panels[0].set_ylabel("ours / frozen pass")
+    """Bars of the cost of one query, and below the sweeps that were run, as SVG."""
+    sweeps = [section for section in SWEEPS if (table["section"] == section).any()]
+    figure = plt.figure(figsize=(8, 7 if sweeps else 5), layout="constrained")
+    if sweeps:
+        above, below = figure.subfigures(2, 1, height_ratios=[3, 1.2])
+        panels = below.subplots(1, len(sweeps), squeeze=False)[0]
+        for axes, section in zip(panels, sweeps, strict=True):
+            _sweep(table[table["section"] == section], axes, SWEEPS[section])
+        panels[0].set_ylabel("ours / frozen pass")
+        _bars(table, above.subplots())
+    else:
+        _bars(table, figure.subplots())
     with mpl.rc_context({"svg.hashsalt": "iprox"}):
         plt.savefig(file, metadata={"Date": None})
     plt.close()
