@@ -364,9 +364,12 @@ class Estimator:
         queries = [parent for role, parent in node.parents.items() if role.startswith("query/")]
         n_queries = sum(map(self.volumes.groups, queries))
         element = BYTES[node.params["compute"]["dtype"]]
+        reduction = {"query_rank": 0, "query_dtype": "float32"} | node.params["influence"]
+        rank, held = reduction["query_rank"], BYTES[reduction["query_dtype"]]
+        matrices = held * n_queries * net.query_entries(rank)
         return Need(
-            flops=flops.features(net, _load(texts), n_queries),
-            memory=self._pass_memory(net, texts, element) + 4 * n_queries * net.scored_weights,
+            flops=flops.features(net, _load(texts), n_queries, query_rank=rank),
+            memory=self._pass_memory(net, texts, element) + matrices,
             disk=texts.n * (8 * n_queries + 60) + SHARD_BYTES * node.shards,
             tokens=texts.n * texts.tokens,
         )

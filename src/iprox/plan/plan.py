@@ -21,6 +21,12 @@ from iprox.study.schema import TaskSection
 RESULTS = Path("results")
 ID_DIGITS = 10
 
+QUERY_KEYS = {"loss_reduction", "val_agg", "estimator"}
+"""Keys of the section ``influence`` that query gradients depend on."""
+
+EXACT = {"query_dtype": "float32", "query_rank": 0}
+"""Values of the keys of ``influence`` that reduce query gradients, by which nothing is lost."""
+
 SKETCH_SIZES = {
     "countsketch": ("dim",),
     "logra": ("rank",),
@@ -293,7 +299,7 @@ class _RunPlanner:
         params = {
             "chat": self.chat,
             "compute": self.compute,
-            "influence": self.config.influence.model_dump(exclude={"score"}),
+            "influence": self.config.influence.model_dump(include=QUERY_KEYS),
             "layers": self.config.proxy.layers.model_dump(),
         }
         return {
@@ -321,7 +327,9 @@ class _RunPlanner:
         parents |= {} if sketch else self.queries(model)
         if subset != "all":
             parents["split"] = self.split(subset)
-        influence = {"loss_reduction": self.config.influence.loss_reduction}
+        influence = self.config.influence.model_dump(include={"loss_reduction", "on_nonfinite"})
+        if not sketch:
+            influence |= EXACT if exact else self._reduction()
         params: dict[str, Any] = {
             "chat": self.chat,
             "compute": self.compute,
@@ -334,6 +342,14 @@ class _RunPlanner:
         shards = self.plan.study.config.shards if subset == "all" else 1
         parts = [_label(model), sketch.get("kind"), None if subset == "all" else subset]
         return self.plan.add("features", "-".join(filter(None, parts)), params, parents, shards)
+
+    def _reduction(self) -> dict[str, Any]:
+        """How far query gradients are reduced before examples are scored against them."""
+        return self.config.influence.model_dump(include=set(EXACT))
+
+    def _is_exact(self) -> bool:
+        """Whether scores are those of the scoring model's whole gradients."""
+        return not self.sketch() and self._reduction() == EXACT
 
     def sketch(self) -> dict[str, Any]:
         """Settings of the run's sketch, those that its kind uses; empty for exact features."""
@@ -350,7 +366,7 @@ class _RunPlanner:
         if not self.config.fidelity.enabled:
             return {}
         subset = "all" if self._slice_is_pool() else "fidelity"
-        if self.config.proxy.kind == "target" and not self.sketch():
+        if self.config.proxy.kind == "target" and self._is_exact():
             return {}
         params: dict[str, Any] = {
             "fidelity": self.config.fidelity.model_dump(),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from iprox.engine.scoring import Scorer
+from iprox.models.device import dtype_of
 from iprox.models.flops import load_of, network_of
 from iprox.numerics import flops
 from iprox.progress import Track, track
@@ -66,6 +67,7 @@ def make(job: Job) -> Metrics:
             "kernels": scored.kernels,
             "loss_reduction": influence.loss_reduction,
             "queries": queries.about(),
+            "query_dtype": influence.query_dtype,
             "query_rank": influence.query_rank,
             "query_truncation": dict(zip(queries.columns, scored.truncation, strict=True)),
             "skipped": scored.skipped,
@@ -77,12 +79,17 @@ def make(job: Job) -> Metrics:
         put(store, name, array, ("examples", "columns")[: array.ndim])
     put(store, "columns", np.array(features.columns), ("columns",))
     put(store, "query_norms", features.query_norms, ("columns",))
-    network, load = network_of(reader.model, reader.layers), load_of(texts.encoded)
     return {
         **texts.counts(),
         "passes": scored.n_passes,
         "skipped": len(scored.skipped),
-        "flops": flops.features(network, load, len(queries.columns), scored.n_passes),
+        "flops": flops.features(
+            network_of(reader.model, reader.layers),
+            load_of(texts.encoded),
+            len(queries.columns),
+            scored.n_passes,
+            influence.query_rank,
+        ),
     }
 
 
@@ -101,7 +108,8 @@ class Scored:
     Attributes:
         features: Inner products, norms and losses.
         kernels: Which kernel layers of each shape used, and why.
-        truncation: Share of each column's query norm that ``query_rank`` left out.
+        truncation: Share of each column's query norm that ``query_rank`` and ``query_dtype``
+            left out.
         n_passes: How many times the examples were passed through the model.
         skipped: Example -> where a number of it was not finite.
     """
@@ -134,7 +142,7 @@ def score_texts(
         query_norms=queries.norms,
     )
     scorable = np.flatnonzero(supervised)
-    blocks = list(_column_blocks(reader, len(queries.columns), influence.query_rank))
+    blocks = list(_column_blocks(reader, len(queries.columns), influence))
     scored = Scored(features)
     with track(len(scorable) * len(blocks), "examples", "scoring") as progress:
         for block in blocks:
@@ -144,6 +152,7 @@ def score_texts(
                 _Columns(reader, queries, block),
                 influence.loss_reduction,
                 query_rank=influence.query_rank,
+                query_dtype=dtype_of(influence.query_dtype),
                 skip_nonfinite=influence.on_nonfinite == "skip",
             )
             _fill(scored, scorer, reader, texts, scorable, block, progress)
@@ -205,13 +214,15 @@ class _Columns(Mapping[str, Tensor]):
         return len(self.reader.layers)
 
 
-def _column_blocks(reader: Reader, n_columns: int, query_rank: int) -> Iterator[range]:
+def _column_blocks(reader: Reader, n_columns: int, influence: InfluenceSection) -> Iterator[range]:
     """Columns in blocks whose query gradients fit in half of the free memory."""
-    column_bytes = 0
+    column_bytes, rank = 0, influence.query_rank
     for layer in reader.layers.values():
         out, features = layer.weight.shape
-        thin = 0 < query_rank < min(out, features)
-        column_bytes += 4 * (query_rank * (out + features) if thin else out * features)
+        if 0 < rank < min(out, features):
+            column_bytes += layer.weight.element_size() * rank * (out + features)
+        else:
+            column_bytes += dtype_of(influence.query_dtype).itemsize * out * features
     size = max(1, free_bytes(reader.device) // 2 // column_bytes)
     for start in range(0, n_columns, size):
         yield range(start, min(start + size, n_columns))
