@@ -44,6 +44,10 @@ AFTER_RANKING = ["selection", "finetune", "evaluation"]
 
 CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "proxy.sparsity": ({"proxy": {"sparsity": 0.3}}, ["factors", "proxy", *AFTER_PROXY]),
+    "proxy.rank_allocation": (
+        {"proxy": {"rank_allocation": "global"}},
+        ["factors", "proxy", *AFTER_PROXY],
+    ),
     "proxy.gauge": ({"proxy": {"gauge": "paper"}}, ["factors", "proxy", *AFTER_PROXY]),
     "proxy.damping": (
         {"proxy": {"damping": 0.2}},

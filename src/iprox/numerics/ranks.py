@@ -45,14 +45,7 @@ def rank_for(
         raise ConfigError(
             "sparsity is out of range", where="proxy.sparsity", value=sparsity, allowed="0 < s < 1"
         )
-    step = auto_multiple(out_dim, in_dim) if multiple == "auto" else multiple
-    if step < 1:
-        raise ConfigError(
-            "a rank multiple is out of range",
-            where="proxy.rank_multiple",
-            value=multiple,
-            allowed="auto, or an integer of at least 1",
-        )
+    step = multiple_of(out_dim, in_dim, multiple)
     # exact: in floats 1 - 0.7 is above 0.3, and a rank that fits would round up by one multiple
     exact = (1 - Fraction(str(sparsity))) * out_dim * in_dim / (out_dim + in_dim)
     wanted = exact if rounding == "ceil" else Fraction(max(1, round(exact)))
@@ -76,6 +69,23 @@ def auto_multiple(out_dim: int, in_dim: int) -> int:
     """Rank multiple by layer size: 128 as in the paper for large layers, less for small ones."""
     smaller = min(out_dim, in_dim)
     return next((q for at_least, q in ((1024, 128), (256, 32), (64, 8)) if smaller >= at_least), 1)
+
+
+def multiple_of(out_dim: int, in_dim: int, multiple: Multiple) -> int:
+    """What ranks of a layer are multiples of.
+
+    Raises:
+        ConfigError: The multiple is not a positive integer.
+    """
+    step = auto_multiple(out_dim, in_dim) if multiple == "auto" else multiple
+    if step < 1:
+        raise ConfigError(
+            "a rank multiple is out of range",
+            where="proxy.rank_multiple",
+            value=multiple,
+            allowed="auto, or an integer of at least 1",
+        )
+    return step
 
 
 def layer_parameters(out_dim: int, in_dim: int, rank: int | None) -> int:

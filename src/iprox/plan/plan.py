@@ -16,7 +16,7 @@ from typing import Any
 from iprox.errors import ConfigError, did_you_mean
 from iprox.store.manifest import MANIFEST, digest_json
 from iprox.study.load import Run, Study
-from iprox.study.schema import TaskSection
+from iprox.study.schema import ProxySection, TaskSection
 
 RESULTS = Path("results")
 ID_DIGITS = 10
@@ -27,6 +27,10 @@ SKETCH_SIZES = {
     "random": ("dim", "distribution"),
 }
 """Keys of the section ``features`` that a kind of sketch uses besides those of all kinds."""
+
+
+RANK_RULE = ("sparsity", "rank_multiple", "rank_rounding", "dense_rule")
+"""Keys of the section ``proxy`` that give a layer its rank from its shape alone."""
 
 
 @dataclass(frozen=True)
@@ -253,11 +257,14 @@ class _RunPlanner:
             {"decomposition": solver, "layers": layers},
             made_of,
         )
-        cut = {"sparsity", "rank_multiple", "rank_rounding", "dense_rule", "gauge"}
+        cut = proxy.model_dump(include={*RANK_RULE, "gauge"})
+        if proxy.rank_allocation != "uniform":
+            cut["rank_allocation"] = proxy.rank_allocation
+        label = "-".join([*_builder(proxy), f"{proxy.sparsity:g}"])
         nodes["factors"] = self.plan.add(
             "factors",
-            f"{proxy.kind}-{proxy.sparsity:g}",
-            {"factors": proxy.model_dump(include=cut)},
+            label,
+            {"factors": cut},
             {"decomposition": nodes["decomposition"]},
         )
         parents = {"factors": nodes["factors"], "warmup": warmup}
@@ -267,7 +274,7 @@ class _RunPlanner:
             align = self.config.align.model_dump()
         nodes["proxy"] = nodes["model"] = self.plan.add(
             "proxy",
-            f"{proxy.kind}-{proxy.sparsity:g}",
+            label,
             {
                 "align": align,
                 "chat": self.chat,
@@ -284,8 +291,7 @@ class _RunPlanner:
         """The probe's parameters; the paper's rule for N needs what the ranks depend on."""
         params = self.config.probe.model_dump()
         if self.config.probe.tokens == "rank":
-            cut = {"sparsity", "rank_multiple", "rank_rounding", "dense_rule"}
-            params["rank_rule"] = self.config.proxy.model_dump(include=cut)
+            params["rank_rule"] = self.config.proxy.model_dump(include=set(RANK_RULE))
         return params
 
     def queries(self, model: Node) -> dict[str, Node]:
@@ -485,6 +491,11 @@ def _pool_label(plan: Plan) -> str:
 def _readable(node: Node) -> str:
     """The readable part of an id."""
     return node.id.rsplit("-", 1)[0]
+
+
+def _builder(proxy: ProxySection) -> list[str]:
+    """What a factorised proxy is called in ids: its kind, and what it does unlike others of it."""
+    return [proxy.kind] + ([proxy.rank_allocation] if proxy.rank_allocation != "uniform" else [])
 
 
 def _label(model: Node) -> str:

@@ -223,6 +223,11 @@ class ProxySection(Section):
         "auto",
         description="Ranks are rounded up to a multiple of this; auto: 128, 32, 8 or 1 by size.",
     )
+    rank_allocation: Literal["uniform", "global"] = Field(
+        "uniform",
+        description="The same sparsity in every layer, or its budget of parameters spent where it "
+        "removes most of the weighted error; layers then differ in rank, and some stay dense.",
+    )
     rank_rounding: Literal["ceil", "round_ceil"] = Field(
         "ceil", description="round_ceil rounds to an integer first, as the reference code does."
     )
