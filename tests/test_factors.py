@@ -128,6 +128,29 @@ def test_directions_are_those_of_each_layer(inputs: Any, settings: dict[str, str
         assert spectrum.attrs["rank_effective"] == expected.rank_effective
 
 
+def test_inputs_alone_know_nothing_of_gradients(inputs: Any) -> None:
+    folder, weights, arrays = inputs
+    stored = []
+    for scale in (1, 50):
+        grads = {n: scale * a**3 for n, a in arrays.items() if n.startswith("output_grads")}
+        write_probe(folder / f"probe-{scale}", grads)
+        (folder / f"probe-{scale}").rename(folder / "probe-x")
+        (folder / "probe").rename(folder / f"old-{scale}")
+        (folder / "probe-x").rename(folder / "probe")
+        decomposition.make(decompose_job(folder, whiten="inputs"))
+        stored.append(load_file(folder / "decomposition" / "directions.safetensors"))
+        (folder / "decomposition").rename(folder / f"decomposition-{scale}")
+    for name, tensor in stored[0].items():
+        assert torch.equal(tensor, stored[1][name])
+    for name, layer in LAYERS.items():
+        root = DampedRoot.from_rows(torch.from_numpy(arrays[f"inputs/{layer['site']}"]), 0.1)
+        weighted = root.apply(weights[f"{name}.weight"].double().T).T
+        spectra = open_store(folder / "decomposition-1" / "spectra.zarr")
+        found = spectra[f"singular_values/{name}"][...]
+        expected = torch.linalg.svdvals(weighted).numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_plain_svd_needs_no_probe(tmp_path: Path) -> None:
     weights = write_weights(tmp_path / "warmup", shards=3)
     job = decompose_job(tmp_path, kind="svd", layers={"exclude": ["*.k_proj"]})

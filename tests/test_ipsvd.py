@@ -275,6 +275,23 @@ def test_identity_moments_give_truncated_svd(shape: tuple[int, int]) -> None:
         torch.testing.assert_close(product(plain, rank), expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("mode", ["exact", "paper"])
+@pytest.mark.parametrize("shape", [(4, 7), (7, 4)], ids=str)
+def test_inputs_alone_give_the_best_outputs(shape: tuple[int, int], mode: str) -> None:
+    out_dim, in_dim = shape
+    weight, inputs = random(out_dim, in_dim, seed=1), random(30, in_dim, seed=2)
+    inputs = inputs * torch.linspace(0.1, 3, in_dim, dtype=torch.float64)
+    roots = DampedRoot.from_rows(inputs, 0.0), DampedRoot.identity(out_dim, weight)
+    solved = decompose(weight, *roots, mode=mode)
+    outputs = inputs @ weight.T
+    singular = torch.linalg.svdvals(outputs)[: min(shape)] / math.sqrt(len(inputs))
+    torch.testing.assert_close(solved.singular_values, singular)
+    for rank in range(1, min(shape)):
+        # no outputs of that rank are nearer (Eckart & Young), whatever made them
+        error = (outputs - inputs @ product(solved, rank).T).norm() / math.sqrt(len(inputs))
+        torch.testing.assert_close(error, singular[rank:].norm())
+
+
 def test_influence_objective_weights_by_inverse_roots(layer: Layer) -> None:
     directions = decompose(layer.weight, *layer.roots(), objective="influence")
     for rank in (1, 4, 7):

@@ -53,6 +53,10 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"proxy": {"damping": 0.2}},
         ["decomposition", "factors", "proxy", *AFTER_PROXY],
     ),
+    "proxy.whiten": (
+        {"proxy": {"whiten": "inputs"}},
+        ["decomposition", "factors", "proxy", *AFTER_PROXY],
+    ),
     "probe.tokens": (
         {"probe": {"tokens": 64}},
         ["probe", "decomposition", "factors", "proxy", *AFTER_PROXY],

@@ -94,7 +94,7 @@ class DampedRoot:
     the rows and nothing (dim, dim) is formed. Eigenpairs, C itself and its Cholesky factor are
     computed when they are first needed, and kept.
 
-    Build with :meth:`from_rows` or :meth:`from_covariance`.
+    Build with :meth:`from_rows`, :meth:`from_covariance` or :meth:`identity`.
 
     Attributes:
         dim: Number of inputs or outputs of the layer.
@@ -150,6 +150,20 @@ class DampedRoot:
         dim = covariance.shape[0]
         lam = _absolute(damping, mode, float(covariance.trace()) / dim)
         return cls(dim, lam, accumulated=(covariance + covariance.T) / 2)._checked()
+
+    @classmethod
+    def identity(cls, dim: int, like: Tensor) -> DampedRoot:
+        """A side whose directions all count the same: C = I, undamped.
+
+        With it in place of the output gradients' moment the solution weights errors of the layer's
+        outputs by how often their inputs occur, as SVD-LLM (arXiv:2403.07378) does.
+
+        Args:
+            dim: Number of outputs (or inputs) of the layer.
+            like: A tensor on the device to use.
+        """
+        # full rank by construction, so no eigenpairs are needed to check it
+        return cls(dim, 0.0, accumulated=torch.eye(dim, dtype=torch.float64, device=like.device))
 
     def _checked(self) -> DampedRoot:
         if self.lam == 0 and not self.is_zero and self.rank < self.dim:

@@ -251,9 +251,11 @@ class _RunPlanner:
         solver = proxy.model_dump(include={"kind", "dense_rule"})
         if proxy.kind == "ipsvd":
             solver |= proxy.model_dump(include={"mode", "damping_mode", "damping", "objective"})
+            if proxy.whiten != "both":
+                solver["whiten"] = proxy.whiten
         nodes["decomposition"] = self.plan.add(
             "decomposition",
-            proxy.kind if proxy.kind == "svd" else f"{proxy.kind}-{proxy.mode}",
+            proxy.kind if proxy.kind == "svd" else "-".join([*_weighting(proxy), proxy.mode]),
             {"decomposition": solver, "layers": layers},
             made_of,
         )
@@ -495,7 +497,14 @@ def _readable(node: Node) -> str:
 
 def _builder(proxy: ProxySection) -> list[str]:
     """What a factorised proxy is called in ids: its kind, and what it does unlike others of it."""
-    return [proxy.kind] + ([proxy.rank_allocation] if proxy.rank_allocation != "uniform" else [])
+    ranks = [] if proxy.rank_allocation == "uniform" else [proxy.rank_allocation]
+    return _weighting(proxy) + ranks
+
+
+def _weighting(proxy: ProxySection) -> list[str]:
+    """How a factorised proxy weights errors, as ids say it."""
+    alone = proxy.kind == "ipsvd" and proxy.whiten != "both"
+    return [proxy.kind, proxy.whiten] if alone else [proxy.kind]
 
 
 def _label(model: Node) -> str:

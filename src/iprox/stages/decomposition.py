@@ -172,9 +172,12 @@ def _probed_layers(
         with _located(f"{names[0]} (inputs)"):
             input_root = _root(probe[f"inputs/{site}"], proxy, device)
         for name in names:
-            with _located(f"{name} (output gradients)"):
-                grad_root = _root(probe[f"output_grads/{name}"], proxy, device)
             weight = _weight_of(name, weights, shapes, probe).to(device)
+            with _located(f"{name} (output gradients)"):
+                if proxy.whiten == "inputs":
+                    grad_root = DampedRoot.identity(len(weight), weight)
+                else:
+                    grad_root = _root(probe[f"output_grads/{name}"], proxy, device)
             with _located(name):
                 directions = decompose(
                     weight,

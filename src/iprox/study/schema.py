@@ -247,6 +247,11 @@ class ProxySection(Section):
     gauge: Literal["balanced", "paper"] = Field(
         "balanced", description="How the two factors share the scale of their product."
     )
+    whiten: Literal["both", "inputs"] = Field(
+        "both",
+        description="Weight errors by inputs and output gradients, or by inputs alone, as "
+        "compression by activations (SVD-LLM) does.",
+    )
     objective: Literal["tracin", "influence"] = Field(
         "tracin", description="Weight errors by second moments, or by their inverses (appendix E)."
     )
