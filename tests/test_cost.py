@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,22 @@ def test_shards_run_side_by_side() -> None:
     assert [makespan(whole, devices, 0) for devices in (1, 2, 3, 4, 8)] == [12, 6, 6, 3, 3]
 
 
+def test_kept_blocks_are_what_scoring_costs() -> None:
+    plan = planned(runs={"cut": {"proxy": {"kind": "layers", "sparsity": 0.5}}})
+    estimator = Estimator(replace(ARCH, blocks=4), volumes())
+    extraction = node(plan, "extraction")
+    assert estimator.network(extraction).weights() == 2 * LINEARS
+    need = estimator.need(extraction)
+    # a forward pass of all four blocks over the 20 probe examples, without a head
+    tokens = 20 * TOKENS
+    assert need.tokens == tokens
+    assert need.flops == 2 * 4 * LINEARS * tokens + 4 * (4 * 8) * 20 * TOKENS**2
+    ours, theirs = (
+        estimator.need(node(plan, "features", part)) for part in ("layers-0.5", "target")
+    )
+    assert ours.flops < 0.7 * theirs.flops
+
+
 # --- the command -------------------------------------------------------------------------------
 
 
@@ -387,6 +404,23 @@ def test_it_is_exact_about_what_it_knows(folder: Path) -> None:
     assert {x.need.tokens for x in features} == {20_000}
     assert answer.arch == ARCH
     assert math.isfinite(makespan(answer.lines, 3))
+
+
+def test_another_model_has_sizes_of_its_own(folder: Path) -> None:
+    runs = {
+        "full": {"proxy": {"kind": "target"}},
+        "small": {"proxy": {"kind": "model", "model": "models/small"}},
+    }
+    (folder / "study.yaml").write_text(json.dumps(STUDY | {"runs": runs}))
+    result = CliRunner().invoke(app, ["cost", "study.yaml", "--json"])
+    assert result.exit_code != 0
+    assert "models/small" in result.output
+    (folder / "models" / "small").mkdir()
+    sizes = CONFIG | {"hidden_size": 4, "intermediate_size": 8}
+    (folder / "models/small/config.json").write_text(json.dumps(sizes))
+    flops = {(s["stage"], tuple(s["runs"])): s["flops"] for s in asked(folder)["stages"]}
+    assert 0 < flops["features", ("small",)] < flops["features", ("full", "small")]
+    assert 0 < flops["warmup", ("small",)] < flops["warmup", ("full", "small")]
 
 
 def test_costs_need_no_tensor_library(folder: Path) -> None:

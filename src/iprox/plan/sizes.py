@@ -63,10 +63,10 @@ def find_architecture(
     if name in PACKAGED:
         return PACKAGED[name], f"the known sizes of {name}"
     raise ModelError(
-        "the sizes of the target are not known: its config.json is not on this machine",
-        where="target.model",
+        "the sizes of a model are not known: its config.json is not on this machine",
+        where="target.model, or proxy.model of a run",
         value=name,
-        fix=f"fetch the target (snakemake {target.manifest} --configfile STUDY), or its "
+        fix=f"fetch the model (snakemake {target.manifest} --configfile STUDY), or the target's "
         "config.json alone and give it: iprox cost STUDY --model-config config.json",
     )
 

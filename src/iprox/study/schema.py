@@ -213,11 +213,22 @@ class LayersSection(Section):
 class ProxySection(Section):
     """The model that scores in the target's place."""
 
-    kind: Literal["target", "ipsvd", "svd"] = Field(
-        "ipsvd", description="The target itself, influence-preserving SVD, or plain truncated SVD."
+    kind: Literal["target", "ipsvd", "svd", "layers", "model"] = Field(
+        "ipsvd",
+        description="The target itself, influence-preserving SVD, plain truncated SVD, the blocks "
+        "of the target that matter most (layer extraction), or another, smaller model.",
     )
+    model: str | None = Field(
+        None,
+        description="kind model: the model, named as target.model is; it is warmed up as the "
+        "target is, and reads texts with its own tokenizer.",
+    )
+    revision: str | None = Field(None, description="kind model: hub commit or tag.")
     sparsity: float = Field(
-        0.5, gt=0, lt=1, description="Share of each replaced layer's parameters removed."
+        0.5,
+        gt=0,
+        lt=1,
+        description="Share of each replaced layer's parameters removed (kind layers: of blocks).",
     )
     rank_multiple: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto",
@@ -256,6 +267,17 @@ class ProxySection(Section):
         "tracin", description="Weight errors by second moments, or by their inverses (appendix E)."
     )
     layers: LayersSection = Field(LayersSection(), description="Which layers are replaced.")
+
+    @model_validator(mode="after")
+    def _names_its_model(self) -> ProxySection:
+        if self.kind == "model" and self.model is None:
+            raise ValueError("kind model needs proxy.model: the name or folder of a smaller model")
+        return self
+
+    @property
+    def is_factorised(self) -> bool:
+        """Whether factors stand in for the target's weights."""
+        return self.kind in ("ipsvd", "svd")
 
 
 class AlignSection(Section):
