@@ -473,6 +473,30 @@ def test_paper_gauge_splits_the_singular_values_evenly(layer: Layer) -> None:
     torch.testing.assert_close(weighted_right.T @ weighted_right, expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("scales", [(1e200, 1e200), (1e300, 1e-300), (1e-200, 1e-200)], ids=str)
+def test_balance_does_not_overflow_where_its_result_does_not(scales: tuple[float, float]) -> None:
+    left, right = random(6, 3, seed=1), random(3, 5, seed=2)
+    found = balance(scales[0] * left, scales[1] * right)
+    expected = balance(left, right)
+    root = math.sqrt(scales[0]) * math.sqrt(scales[1])
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours / root, theirs)
+
+
+def test_powers_of_four_change_no_digit_of_balanced_factors() -> None:
+    left, right = random(6, 3, seed=1), random(3, 5, seed=2)
+    for ours, theirs in zip(balance(4.0**9 * left, right), balance(left, right), strict=True):
+        assert torch.equal(ours, 2.0**9 * theirs)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_factors_that_are_not_finite_have_no_balance(value: float) -> None:
+    right = random(3, 5)
+    right[1, 2] = value
+    with pytest.raises(NumericsError, match=r"(?s)not finite.*1 of 15"):
+        balance(random(6, 3), right)
+
+
 def test_balance_keeps_the_dtype() -> None:
     left, right = balance(random(6, 2).float(), random(2, 5).float())
     assert (left.dtype, right.dtype) == (torch.float32, torch.float32)

@@ -407,12 +407,17 @@ def balance(left: Tensor, right: Tensor) -> Factors:
 
     Returns:
         Factors in the dtype of ``left``; computed in float64.
+
+    Raises:
+        NumericsError: A factor is not finite.
     """
-    basis_left, r_left = torch.linalg.qr(left.double())
-    basis_right, r_right = torch.linalg.qr(right.double().T)
+    left_unit, right_unit = _unit(left), _unit(right)  # else the product of large factors overflows
+    basis_left, r_left = torch.linalg.qr(left.double() / left_unit)
+    basis_right, r_right = torch.linalg.qr(right.double().T / right_unit)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T)
     s = torch.where(s > len(s) * torch.finfo(s.dtype).eps * s[0], s, 0)  # zero columns stay zero
-    new_left, new_right = basis_left @ (u * s.sqrt()), (s.sqrt()[:, None] * vh) @ basis_right.T
+    root = s.sqrt() * (math.sqrt(left_unit) * math.sqrt(right_unit))
+    new_left, new_right = basis_left @ (u * root), (root[:, None] * vh) @ basis_right.T
     signs = _signs(new_left)
     return Factors((new_left * signs).to(left.dtype), (signs[:, None] * new_right).to(left.dtype))
 
@@ -548,6 +553,23 @@ def _n_resolved(values: Tensor, dim: int) -> int:
 
 def _eigen_dtype(side: int) -> torch.dtype:
     return torch.float64 if side <= FLOAT64_LIMIT else torch.float32
+
+
+def _unit(factor: Tensor) -> float:
+    """An even power of two near the largest entry: division by it and its root round nothing.
+
+    Raises:
+        NumericsError: The factor is not finite.
+    """
+    largest = float(factor.abs().max())
+    if not math.isfinite(largest):
+        raise NumericsError(
+            "a factor is not finite, so it cannot be balanced",
+            value=f"{int((~factor.isfinite()).sum())} of {factor.numel()} entries",
+            fix="lower the learning rate of what trained it",
+        )
+    _, exponent = math.frexp(largest)
+    return math.ldexp(1.0, max(exponent // 2 * 2 - 2, -1022)) if largest else 1.0
 
 
 def _signs(columns: Tensor) -> Tensor:
