@@ -383,7 +383,12 @@ def truncate(directions: Directions, rank: int, gauge: Gauge = "balanced") -> Fa
     """
     available = directions.left.shape[1]
     if not 1 <= rank <= available:
-        raise NumericsError("a rank is out of range", value=rank, allowed=f"1 to {available}")
+        raise NumericsError(
+            "a rank is out of range",
+            value=rank,
+            allowed=f"1 to {available}",
+            fix="raise proxy.sparsity, or lower proxy.rank_multiple",
+        )
     left, right = directions.left[:, :rank], directions.right[:rank]
     if gauge == "balanced":
         return balance(left, right)

@@ -17,7 +17,7 @@ from iprox.numerics.allocation import Spectrum, allocate, uniform_budget, weight
 from iprox.numerics.ipsvd import Directions, Factors, truncate, truncation_error
 from iprox.numerics.ranks import effective_sparsity, layer_parameters, rank_for
 from iprox.progress import track
-from iprox.stages.decomposition import save_tensors
+from iprox.stages.decomposition import located, save_tensors
 from iprox.store.arrays import open_store
 from iprox.store.job import Job, Metrics
 from iprox.store.tables import write_table
@@ -159,7 +159,8 @@ def _cut(
         about["form"],
         about["floor"],
     )
-    return row, truncate(nested, rank, proxy.gauge)
+    with located(name):
+        return row, truncate(nested, rank, proxy.gauge)
 
 
 def _summary(layers: pd.DataFrame) -> Metrics:
