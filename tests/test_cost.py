@@ -22,7 +22,7 @@ from iprox.plan.estimate import Estimator, Need
 from iprox.plan.forecast import Line, Measured, check, comparable, makespan, measured_rates
 from iprox.plan.history import Made, read_history
 from iprox.plan.plan import Node, Plan, plan_study
-from iprox.plan.sizes import PACKAGED, architecture, find_architecture
+from iprox.plan.sizes import GEMMA3, PACKAGED, architecture, find_architecture
 from iprox.plan.volumes import Volumes
 from iprox.store.manifest import MANIFEST, PROVENANCE, SPEC, dump_json
 from iprox.study.load import parse_study
@@ -152,6 +152,75 @@ def test_sizes_from_a_config_are_those_of_the_model(kind: str, tmp_path: Path) -
     model.config.save_pretrained(tmp_path)
     found = architecture(json.loads((tmp_path / "config.json").read_text()))
     assert model_size(found).total == sum(p.numel() for p in model.parameters())
+
+
+# What the published config.json say of sizes, and no more
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Llama-3.2-3B": {
+        "model_type": "llama",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "Gemma-3-4B": {
+        "model_type": "gemma3",
+        "text_config": {
+            "model_type": "gemma3_text",
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 34,
+        },
+    },
+    "Qwen3-4B": {
+        "model_type": "qwen3",
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+    },
+    "Qwen2-7B": {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+}
+
+# IProX (arXiv:2602.17835), Table 2: billions of parameters at sparsity .3, .5 and .7, cut
+TABLE_2 = {
+    "Llama-3.2-3B": (2.5, 1.8, 1.3),
+    "Gemma-3-4B": (3.0, 2.3, 1.6),
+    "Qwen3-4B": (3.1, 2.2, 1.5),
+    "Qwen2-7B": (5.8, 4.4, 3.3),
+}
+
+
+@pytest.mark.parametrize("model", TABLE_2)
+def test_the_papers_proxy_sizes_from_configs_alone(model: str) -> None:
+    arch = architecture(PUBLISHED[model])
+    sizes = [model_size(arch, sparsity, multiple=128).total for sparsity in (0.3, 0.5, 0.7)]
+    assert tuple(math.floor(size / 1e8) / 10 for size in sizes) == TABLE_2[model]
+
+
+def test_what_gemma_configs_leave_out_are_the_architectures_defaults() -> None:
+    from transformers import Gemma3TextConfig
+
+    defaults = Gemma3TextConfig()
+    assert {key: getattr(defaults, key) for key in GEMMA3} == GEMMA3
 
 
 def test_sizes_of_packaged_models() -> None:
