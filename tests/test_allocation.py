@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -66,10 +67,10 @@ def test_any_budget_is_met_and_spent_nearly_as_well_as_can_be(seed: int, share: 
     budget = int(share * sum(m * n for m, n in SHAPES))
     found = allocate(spectra, budget, multiple=1)
     spent = cost(spectra, found)
-    multiple_of_any = max(m + n for m, n in SHAPES)
-    assert budget - multiple_of_any < spent <= budget
+    one_rank_of_any = max(m + n for m, n in SHAPES)
+    assert budget - one_rank_of_any < spent <= budget
     choices = all_choices(spectra, 1)
-    # what one step cannot be placed costs at most that step
+    # what is lost to a step that no longer fits is no more than that step would have cost
     largest_step = max(m * n for m, n in SHAPES)
     below = min(
         e for c, e, _ in choices if c <= max(min(c for c, _, _ in choices), budget - largest_step)
@@ -79,7 +80,6 @@ def test_any_budget_is_met_and_spent_nearly_as_well_as_can_be(seed: int, share: 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.6])
 def test_equal_layers_get_the_uniform_rank(sparsity: float) -> None:
-    # (30, 20) at multiples of 2: 12 - 12 sparsity is an even rank at none of them but .5
     layers = [Spectrum(20, 20, 0.5 ** torch.arange(20, dtype=torch.float64))] * 5
     rank = rank_for(20, 20, sparsity, 1)
     assert rank == 10 * (1 - sparsity)
@@ -94,6 +94,20 @@ def test_the_budget_is_that_of_ranks_not_rounded() -> None:
     assert layer_parameters(10, 30, rank_for(10, 30, 0.4, 1)) == 200
     # at multiples of 8 it stays dense, and counts whole
     assert uniform_budget([(10, 30), (20, 20)], 0.4, 8) == 300 + 240
+
+
+@pytest.mark.parametrize("sparsity", [0.05, 0.3, 0.5, 0.7, 0.95])
+@pytest.mark.parametrize("multiple", ["auto", 1, 8, 32])
+@pytest.mark.parametrize("rule", ["parameters", "min_dim"])
+def test_never_more_is_spent_than_by_equal_sparsities(
+    sparsity: float, multiple: Any, rule: Any
+) -> None:
+    shapes = [(48, 48), (16, 48), (128, 48), (48, 128)]
+    spectra = [spectrum(shape, i, 0.9) for i, shape in enumerate(shapes)]
+    uniform = [rank_for(*shape, sparsity, multiple, dense_rule=rule) for shape in shapes]
+    budget = uniform_budget(shapes, sparsity, multiple, dense_rule=rule)
+    found = allocate(spectra, budget, multiple)
+    assert cost(spectra, found) <= cost(spectra, uniform)
 
 
 def test_a_layer_is_kept_dense_when_its_last_ranks_are_worth_most() -> None:

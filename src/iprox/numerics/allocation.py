@@ -95,7 +95,7 @@ def allocate(
 
     Up to the first step that no longer fits, no other choice of ranks that costs as much or less
     errs less: error removed per parameter falls from step to step along each layer's lower convex
-    hull (Fox, Operations Research 14, 1966). Steps that still fit fill up what is left.
+    hull (Fox, Management Science 13, 1966). Steps that still fit fill up what is left.
 
     Args:
         spectra: The layers.
@@ -161,9 +161,11 @@ def _ladder(spectrum: Spectrum, multiple: Multiple) -> _Ladder:
     out_dim, in_dim = spectrum.out_dim, spectrum.in_dim
     step = multiple_of(out_dim, in_dim, multiple)
     # whatever the rule for equal sparsities: factors larger than the layer are never worth it
-    ranks: list[int | None] = [*range(step, max_useful_rank(out_dim, in_dim) + 1, step), None]
+    thin = list(range(step, max_useful_rank(out_dim, in_dim) + 1, step))
+    ranks: list[int | None] = [*thin, None]
+    tails = spectrum.singular_values.double().square().flip(0).cumsum(0).flip(0).cpu().numpy()
     return _Ladder(
         ranks,
         np.array([layer_parameters(out_dim, in_dim, rank) for rank in ranks], dtype=np.int64),
-        np.array([weighted_error(spectrum, rank) for rank in ranks]),
+        np.array([*(tails[thin] + spectrum.floor**2), 0.0]),
     )
