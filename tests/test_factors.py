@@ -253,6 +253,20 @@ def test_a_global_budget_errs_less_than_equal_sparsities_with_fewer_parameters(
     assert spent["error_share"] == pytest.approx(total / whole, rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [({}, False), ({"whiten": "inputs"}, True), ({"objective": "influence"}, True)],
+    ids=str,
+)
+def test_a_common_budget_of_errors_without_a_common_unit_is_warned_of(
+    inputs: Any, settings: dict[str, str], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, _, _ = inputs
+    decomposition.make(decompose_job(folder, **settings))
+    factors.make(factors_job(folder, sparsity=0.5, rank_allocation="global"))
+    assert ("not changes of the loss" in caplog.text) == warns
+
+
 def norms_of(folder: Path) -> list[float]:
     """Weighted norm of every layer."""
     spectra = open_store(folder / "decomposition" / "spectra.zarr")

@@ -7,8 +7,9 @@ A layer whose weight is replaced by the solution of rank r errs by
 with σ the singular values of its weighted weight R_d W R_x (:mod:`iprox.numerics.ipsvd`). The rows
 of inputs and output gradients enter R_x and R_d in their own units, so e(r) is, up to damping, the
 mean squared first-order change of a token's loss (arXiv:2602.17835, Eq. 5), and layers can be
-compared: gradients c times as large make a layer's e c² times as large. Layers' changes are taken
-as independent, so errors add up.
+compared: gradients c times as large make a layer's e c² times as large. (Errors weighted by inputs
+alone, or not at all, are those of a layer's outputs or weights, which have no unit in common.)
+Layers' changes are taken as independent, so errors add up.
 
 Parameters are what is counted. Operations would give the same ranks: a linear layer costs two per
 weight and token forward, two more backward, dense or factorised.

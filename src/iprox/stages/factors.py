@@ -47,6 +47,8 @@ def make(job: Job) -> Metrics:
     names = list(spectra.attrs["layers"])
     found = {name: _spectrum(spectra[f"singular_values/{name}"]) for name in names}
     ranks = choose_ranks(found, proxy)
+    if proxy.rank_allocation == "global":
+        _warn_of_units(dict(spectra.attrs["settings"]))
     tensors: dict[str, torch.Tensor] = {}
     rows: list[dict[str, Any]] = []
     with (
@@ -96,6 +98,18 @@ def choose_ranks(spectra: Mapping[str, Spectrum], proxy: ProxySection) -> dict[s
         budget = uniform_budget(shapes, *rule)
         ranks = allocate(list(spectra.values()), budget, proxy.rank_multiple)
     return dict(zip(spectra, ranks, strict=True))
+
+
+def _warn_of_units(decomposition: Mapping[str, Any]) -> None:
+    """Say so when layers' errors are not in one unit, so that a common budget means little."""
+    about_loss = decomposition.get("kind", "ipsvd") == "ipsvd"
+    about_loss &= decomposition.get("whiten", "both") == "both"
+    about_loss &= decomposition.get("objective", "tracin") == "tracin"
+    if not about_loss:
+        log.warning(
+            "proxy.rank_allocation global compares errors that are not changes of the loss: only "
+            "proxy.kind ipsvd with whiten both and objective tracin makes them that"
+        )
 
 
 def _spectrum(stored: zarr.Array) -> Spectrum:

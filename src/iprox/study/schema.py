@@ -237,7 +237,8 @@ class ProxySection(Section):
     rank_allocation: Literal["uniform", "global"] = Field(
         "uniform",
         description="The same sparsity in every layer, or its budget of parameters spent where it "
-        "removes most of the weighted error; layers then differ in rank, and some stay dense.",
+        "removes most of the weighted error; layers then differ in rank, and some stay dense. "
+        "Made for kind ipsvd with whiten both, where errors are changes of the loss.",
     )
     rank_rounding: Literal["ceil", "round_ceil"] = Field(
         "ceil", description="round_ceil rounds to an integer first, as the reference code does."
