@@ -6,6 +6,9 @@ The order of a study, a rule each; every arrow is a file:
       ─> query ─> features (shards) ─> ranking ─> selection ─> finetune ─> evaluation ─> report
                                      └> fidelity (proxy against target)
 
+A proxy of whole blocks is made by extraction alone, in place of probe to proxy; another model has a
+target and a warmup of its own.
+
 Run `snakemake` for everything, or one of: rankings, fidelities, selections, report.
 """
 

@@ -138,6 +138,12 @@ def write_proxy(folder: Path) -> None:
     (folder / "proxy.json").write_text(json.dumps({"ranks": {LAYER: 2}, "gauge": "balanced"}))
 
 
+def write_extraction(folder: Path) -> None:
+    write_model(folder)
+    blocks = {"block": [0, 1], "influence": [0.375, 0.0], "kept": [True, False], "place": [0, -1]}
+    write_table(folder / "blocks.parquet", pd.DataFrame(blocks))
+
+
 def write_split(folder: Path) -> None:
     table = pd.DataFrame({"example_id": ["e0", "e1"], "split": "probe", "position": [0, 1]})
     write_table(folder / "split.parquet", table)
@@ -307,6 +313,9 @@ def every_stage(results: Results) -> dict[str, Node]:
     made = {"decomposition": nodes["decomposition"]}
     nodes["factors"] = add("factors", "f", {"factors": {"sparsity": 0.5}}, made, write_factors)
     nodes["proxy"] = add("proxy", "f", {"align": {}}, {"factors": nodes["factors"]}, write_proxy)
+    cut = {"extraction": {"kind": "layers", "sparsity": 0.5}}
+    split = {"split": nodes["split"]}
+    nodes["extraction"] = add("extraction", "l", cut, pool | split | warm, write_extraction)
     model = {"model": nodes["proxy"]}
     nodes["query"] = add(
         "query", "mmlu", {"influence": {}}, model | {"task": nodes["task"]}, write_query

@@ -423,6 +423,27 @@ def test_a_diverged_run_keeps_the_best_before(
     assert same(Factorised(after, AlignSection()).copy(), done.chosen.factors)
 
 
+@pytest.mark.parametrize("lr", [1e100, 1e160, 1e200, 1e300])
+@pytest.mark.parametrize("phase", ["epochs", "recover_epochs"])
+def test_factors_too_large_to_balance_are_a_divergence(
+    phase: str, lr: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    # judged after the very step that threw them off, before another pass could show it
+    settings = {"epochs": 1.0, phase: 1.0, "lr": lr, "recover_lr": lr, "lr_warmup": 0}
+    done, after, _ = run(evaluate_every=1, **settings)
+    assert done.diverged_at == 1
+    assert done.chosen is done.start
+    assert "diverged" in caplog.text
+    assert same(Factorised(after, AlignSection()).copy(), done.start.factors)
+
+
+def test_factors_that_overflow_at_the_end_of_an_epoch_are_a_divergence() -> None:
+    # no candidate is judged before the gauge would be restored
+    done, after, _ = run(epochs=2, batch=10, lr=1e308, weight_decay=100, evaluate_every=9)
+    assert (done.diverged_at, done.planned_steps) == (1, 2)
+    assert same(Factorised(after, AlignSection()).copy(), done.start.factors)
+
+
 @pytest.mark.parametrize("side", ["target", "proxy"])
 def test_a_start_that_is_not_finite_names_the_layer(side: str) -> None:
     target = float64_model()

@@ -48,6 +48,7 @@ EXPECTED = {
     "decomposition": (LAYER, "exact/product", "2.5"),
     "factors": ("0.125", "kept dense", LAYER),
     "proxy": ("up_proj", "balanced", "1.25", "chosen step", "at step 1", "0.875"),
+    "extraction": ("blocks.parquet", "0.375", "LlamaForCausalLM"),
     "query": ("(1, 2, 2)", "5", "mean_raw"),
     "features": ("cheaper", "materialise_from", "shard-00001.zarr"),
     "ranking": ("mmlu: first", "mmlu: last", "without a score", "gradient"),

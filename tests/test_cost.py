@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from iprox.plan.estimate import Estimator, Need
 from iprox.plan.forecast import Line, Measured, check, comparable, makespan, measured_rates
 from iprox.plan.history import Made, read_history
 from iprox.plan.plan import Node, Plan, plan_study
-from iprox.plan.sizes import PACKAGED, architecture, find_architecture
+from iprox.plan.sizes import GEMMA3, PACKAGED, architecture, find_architecture
 from iprox.plan.volumes import Volumes
 from iprox.store.manifest import MANIFEST, PROVENANCE, SPEC, dump_json
 from iprox.study.load import parse_study
@@ -151,6 +152,75 @@ def test_sizes_from_a_config_are_those_of_the_model(kind: str, tmp_path: Path) -
     model.config.save_pretrained(tmp_path)
     found = architecture(json.loads((tmp_path / "config.json").read_text()))
     assert model_size(found).total == sum(p.numel() for p in model.parameters())
+
+
+# What the published config.json say of sizes, and no more
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Llama-3.2-3B": {
+        "model_type": "llama",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "Gemma-3-4B": {
+        "model_type": "gemma3",
+        "text_config": {
+            "model_type": "gemma3_text",
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 34,
+        },
+    },
+    "Qwen3-4B": {
+        "model_type": "qwen3",
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+    },
+    "Qwen2-7B": {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+}
+
+# IProX (arXiv:2602.17835), Table 2: billions of parameters at sparsity .3, .5 and .7, cut
+TABLE_2 = {
+    "Llama-3.2-3B": (2.5, 1.8, 1.3),
+    "Gemma-3-4B": (3.0, 2.3, 1.6),
+    "Qwen3-4B": (3.1, 2.2, 1.5),
+    "Qwen2-7B": (5.8, 4.4, 3.3),
+}
+
+
+@pytest.mark.parametrize("model", TABLE_2)
+def test_the_papers_proxy_sizes_from_configs_alone(model: str) -> None:
+    arch = architecture(PUBLISHED[model])
+    sizes = [model_size(arch, sparsity, multiple=128).total for sparsity in (0.3, 0.5, 0.7)]
+    assert tuple(math.floor(size / 1e8) / 10 for size in sizes) == TABLE_2[model]
+
+
+def test_what_gemma_configs_leave_out_are_the_architectures_defaults() -> None:
+    from transformers import Gemma3TextConfig
+
+    defaults = Gemma3TextConfig()
+    assert {key: getattr(defaults, key) for key in GEMMA3} == GEMMA3
 
 
 def test_sizes_of_packaged_models() -> None:
@@ -300,6 +370,22 @@ def test_shards_run_side_by_side() -> None:
     assert [makespan(whole, devices, 0) for devices in (1, 2, 3, 4, 8)] == [12, 6, 6, 3, 3]
 
 
+def test_kept_blocks_are_what_scoring_costs() -> None:
+    plan = planned(runs={"cut": {"proxy": {"kind": "layers", "sparsity": 0.5}}})
+    estimator = Estimator(replace(ARCH, blocks=4), volumes())
+    extraction = node(plan, "extraction")
+    assert estimator.network(extraction).weights() == 2 * LINEARS
+    need = estimator.need(extraction)
+    # a forward pass of all four blocks over the 20 probe examples, without a head
+    tokens = 20 * TOKENS
+    assert need.tokens == tokens
+    assert need.flops == 2 * 4 * LINEARS * tokens + 4 * (4 * 8) * 20 * TOKENS**2
+    ours, theirs = (
+        estimator.need(node(plan, "features", part)) for part in ("layers-0.5", "target")
+    )
+    assert ours.flops < 0.7 * theirs.flops
+
+
 # --- the command -------------------------------------------------------------------------------
 
 
@@ -387,6 +473,23 @@ def test_it_is_exact_about_what_it_knows(folder: Path) -> None:
     assert {x.need.tokens for x in features} == {20_000}
     assert answer.arch == ARCH
     assert math.isfinite(makespan(answer.lines, 3))
+
+
+def test_another_model_has_sizes_of_its_own(folder: Path) -> None:
+    runs = {
+        "full": {"proxy": {"kind": "target"}},
+        "small": {"proxy": {"kind": "model", "model": "models/small"}},
+    }
+    (folder / "study.yaml").write_text(json.dumps(STUDY | {"runs": runs}))
+    result = CliRunner().invoke(app, ["cost", "study.yaml", "--json"])
+    assert result.exit_code != 0
+    assert "models/small" in result.output
+    (folder / "models" / "small").mkdir()
+    sizes = CONFIG | {"hidden_size": 4, "intermediate_size": 8}
+    (folder / "models/small/config.json").write_text(json.dumps(sizes))
+    flops = {(s["stage"], tuple(s["runs"])): s["flops"] for s in asked(folder)["stages"]}
+    assert 0 < flops["features", ("small",)] < flops["features", ("full", "small")]
+    assert 0 < flops["warmup", ("small",)] < flops["warmup", ("full", "small")]
 
 
 def test_costs_need_no_tensor_library(folder: Path) -> None:

@@ -128,6 +128,29 @@ def test_directions_are_those_of_each_layer(inputs: Any, settings: dict[str, str
         assert spectrum.attrs["rank_effective"] == expected.rank_effective
 
 
+def test_inputs_alone_know_nothing_of_gradients(inputs: Any) -> None:
+    folder, weights, arrays = inputs
+    stored = []
+    for scale in (1, 50):
+        grads = {n: scale * a**3 for n, a in arrays.items() if n.startswith("output_grads")}
+        write_probe(folder / f"probe-{scale}", grads)
+        (folder / f"probe-{scale}").rename(folder / "probe-x")
+        (folder / "probe").rename(folder / f"old-{scale}")
+        (folder / "probe-x").rename(folder / "probe")
+        decomposition.make(decompose_job(folder, whiten="inputs"))
+        stored.append(load_file(folder / "decomposition" / "directions.safetensors"))
+        (folder / "decomposition").rename(folder / f"decomposition-{scale}")
+    for name, tensor in stored[0].items():
+        assert torch.equal(tensor, stored[1][name])
+    for name, layer in LAYERS.items():
+        root = DampedRoot.from_rows(torch.from_numpy(arrays[f"inputs/{layer['site']}"]), 0.1)
+        weighted = root.apply(weights[f"{name}.weight"].double().T).T
+        spectra = open_store(folder / "decomposition-1" / "spectra.zarr")
+        found = spectra[f"singular_values/{name}"][...]
+        expected = torch.linalg.svdvals(weighted).numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_plain_svd_needs_no_probe(tmp_path: Path) -> None:
     weights = write_weights(tmp_path / "warmup", shards=3)
     job = decompose_job(tmp_path, kind="svd", layers={"exclude": ["*.k_proj"]})
@@ -196,6 +219,72 @@ def test_factors_are_the_leading_directions(inputs: Any, gauge: str) -> None:
     assert (metrics["dense_layers"], metrics["rank_deficient_layers"]) == (0, 0)
 
 
+def test_a_global_budget_errs_less_than_equal_sparsities_with_fewer_parameters(
+    inputs: Any,
+) -> None:
+    folder, _, _ = inputs
+    rows = np.random.default_rng(1).normal(size=(TOKENS, LAYERS[Q]["out"]))
+    write_probe(folder / "probe-2", {f"output_grads/{Q}": (1e-2 * rows).astype("f4")})
+    (folder / "probe").rename(folder / "probe-1")
+    (folder / "probe-2").rename(folder / "probe")
+    decomposition.make(decompose_job(folder))
+    found = {}
+    for how in ("uniform", "global"):
+        metrics = factors.make(factors_job(folder, sparsity=0.5, rank_allocation=how))
+        table = read_table(folder / "factors" / "layers.parquet").set_index("layer")
+        (folder / "factors").rename(folder / how)
+        found[how] = metrics, table
+    (uniform, equal), (spent, ranks) = found["uniform"], found["global"]
+    budget = sum(layer["out"] * layer["in"] for layer in LAYERS.values()) // 2
+    assert budget - 42 < spent["parameters"] <= budget < uniform["parameters"]
+    assert spent["error_share"] < uniform["error_share"]
+    # this layer's gradients are a hundred times those of the others
+    assert ranks.loc[Q, "rank"] > equal.loc[Q, "rank"]
+    stored = load_file(folder / "global" / "factors.safetensors")
+    for name, row in ranks.iterrows():
+        assert row["kept_dense"] == (f"{name}.left" not in stored)
+        if not row["kept_dense"]:
+            assert stored[f"{name}.left"].shape == (row["out"], row["rank"])
+    total = sum(
+        (row["truncation_error"] * norm) ** 2
+        for (_, row), norm in zip(ranks.iterrows(), norms_of(folder), strict=True)
+    )
+    whole = sum(norm**2 for norm in norms_of(folder))
+    assert spent["error_share"] == pytest.approx(total / whole, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [({}, False), ({"whiten": "inputs"}, True), ({"objective": "influence"}, True)],
+    ids=str,
+)
+def test_a_common_budget_of_errors_without_a_common_unit_is_warned_of(
+    inputs: Any, settings: dict[str, str], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, _, _ = inputs
+    decomposition.make(decompose_job(folder, **settings))
+    factors.make(factors_job(folder, sparsity=0.5, rank_allocation="global"))
+    assert ("not changes of the loss" in caplog.text) == warns
+
+
+def norms_of(folder: Path) -> list[float]:
+    """Weighted norm of every layer."""
+    spectra = open_store(folder / "decomposition" / "spectra.zarr")
+    return [spectra[f"singular_values/{name}"].attrs["total_norm"] for name in LAYERS]
+
+
+def test_a_layer_without_gradients_gets_the_smallest_rank_of_a_global_budget(
+    tmp_path: Path,
+) -> None:
+    write_weights(tmp_path / "warmup")
+    write_probe(tmp_path / "probe", {f"output_grads/{Q}": np.zeros((TOKENS, 16), dtype="f4")})
+    decomposition.make(decompose_job(tmp_path))
+    factors.make(factors_job(tmp_path, sparsity=0.5, rank_allocation="global"))
+    table = read_table(tmp_path / "factors" / "layers.parquet").set_index("layer")
+    assert table.loc[Q, "rank"] == 1
+    assert table["rank"].max() > 1
+
+
 def test_a_layer_without_savings_stays_dense(inputs: Any) -> None:
     folder, weights, _ = inputs
     decomposition.make(decompose_job(folder))
@@ -220,7 +309,7 @@ def test_a_proxy_that_would_be_the_target_is_refused(inputs: Any) -> None:
 def test_ranks_above_what_was_kept_are_refused(inputs: Any) -> None:
     folder, _, _ = inputs
     decomposition.make(decompose_job(folder))
-    with pytest.raises(NumericsError, match="rank is out of range"):
+    with pytest.raises(NumericsError, match=r"(?s)rank is out of range.*q_proj.*1 to 6.*proxy\."):
         factors.make(factors_job(folder, sparsity=0.1, rank_multiple=11, dense_rule="min_dim"))
 
 

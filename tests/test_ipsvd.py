@@ -275,6 +275,23 @@ def test_identity_moments_give_truncated_svd(shape: tuple[int, int]) -> None:
         torch.testing.assert_close(product(plain, rank), expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("mode", ["exact", "paper"])
+@pytest.mark.parametrize("shape", [(4, 7), (7, 4)], ids=str)
+def test_inputs_alone_give_the_best_outputs(shape: tuple[int, int], mode: str) -> None:
+    out_dim, in_dim = shape
+    weight, inputs = random(out_dim, in_dim, seed=1), random(30, in_dim, seed=2)
+    inputs = inputs * torch.linspace(0.1, 3, in_dim, dtype=torch.float64)
+    roots = DampedRoot.from_rows(inputs, 0.0), DampedRoot.identity(out_dim, weight)
+    solved = decompose(weight, *roots, mode=mode)
+    outputs = inputs @ weight.T
+    singular = torch.linalg.svdvals(outputs)[: min(shape)] / math.sqrt(len(inputs))
+    torch.testing.assert_close(solved.singular_values, singular)
+    for rank in range(1, min(shape)):
+        # no outputs of that rank are nearer (Eckart & Young), whatever made them
+        error = (outputs - inputs @ product(solved, rank).T).norm() / math.sqrt(len(inputs))
+        torch.testing.assert_close(error, singular[rank:].norm())
+
+
 def test_influence_objective_weights_by_inverse_roots(layer: Layer) -> None:
     directions = decompose(layer.weight, *layer.roots(), objective="influence")
     for rank in (1, 4, 7):
@@ -454,6 +471,30 @@ def test_paper_gauge_splits_the_singular_values_evenly(layer: Layer) -> None:
     expected = torch.diag(directions.singular_values[:4])
     torch.testing.assert_close(weighted_left.T @ weighted_left, expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(weighted_right.T @ weighted_right, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("scales", [(1e200, 1e200), (1e300, 1e-300), (1e-200, 1e-200)], ids=str)
+def test_balance_does_not_overflow_where_its_result_does_not(scales: tuple[float, float]) -> None:
+    left, right = random(6, 3, seed=1), random(3, 5, seed=2)
+    found = balance(scales[0] * left, scales[1] * right)
+    expected = balance(left, right)
+    root = math.sqrt(scales[0]) * math.sqrt(scales[1])
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours / root, theirs)
+
+
+def test_powers_of_four_change_no_digit_of_balanced_factors() -> None:
+    left, right = random(6, 3, seed=1), random(3, 5, seed=2)
+    for ours, theirs in zip(balance(4.0**9 * left, right), balance(left, right), strict=True):
+        assert torch.equal(ours, 2.0**9 * theirs)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_factors_that_are_not_finite_have_no_balance(value: float) -> None:
+    right = random(3, 5)
+    right[1, 2] = value
+    with pytest.raises(NumericsError, match=r"(?s)not finite.*1 of 15"):
+        balance(random(6, 3), right)
 
 
 def test_balance_keeps_the_dtype() -> None:

@@ -19,8 +19,8 @@ BASE: dict[str, Any] = {
     "runs": {"a": {}},
 }
 STAGES = (
-    "pool target task split warmup probe decomposition factors proxy query features ranking "
-    "fidelity selection finetune evaluation report"
+    "pool target task split warmup probe decomposition factors extraction proxy query features "
+    "ranking fidelity selection finetune evaluation report"
 ).split()
 
 
@@ -44,9 +44,17 @@ AFTER_RANKING = ["selection", "finetune", "evaluation"]
 
 CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "proxy.sparsity": ({"proxy": {"sparsity": 0.3}}, ["factors", "proxy", *AFTER_PROXY]),
+    "proxy.rank_allocation": (
+        {"proxy": {"rank_allocation": "global"}},
+        ["factors", "proxy", *AFTER_PROXY],
+    ),
     "proxy.gauge": ({"proxy": {"gauge": "paper"}}, ["factors", "proxy", *AFTER_PROXY]),
     "proxy.damping": (
         {"proxy": {"damping": 0.2}},
+        ["decomposition", "factors", "proxy", *AFTER_PROXY],
+    ),
+    "proxy.whiten": (
+        {"proxy": {"whiten": "inputs"}},
         ["decomposition", "factors", "proxy", *AFTER_PROXY],
     ),
     "probe.tokens": (
@@ -204,6 +212,56 @@ def test_only_the_keys_of_a_kind_count() -> None:
 def test_plain_svd_reads_no_probe() -> None:
     p = plan(runs={"svd": {"proxy": {"kind": "svd"}}})
     assert "probe" not in {s for s, _ in p.nodes}
+
+
+def test_kept_blocks_take_the_place_of_a_proxy() -> None:
+    p = plan(runs={"cut": {"proxy": {"kind": "layers", "sparsity": [0.3, 0.5]}}})
+    made = {s for s, _ in p.nodes}
+    assert not made & {"probe", "decomposition", "factors", "proxy"}
+    nodes = p.runs["cut-0.3"].nodes
+    assert set(nodes["extraction"].parents) == {"pool", "split", "warmup"}
+    assert nodes["extraction"].parents["split"].params["split"]["name"] == "probe"
+    assert nodes["features"].parents["model"] is nodes["extraction"]
+    assert nodes["features"].id.startswith("layers-0.3-")
+    assert nodes["fidelity"].parents["target"].parents["model"] is nodes["warmup"]
+    # neither factors' settings nor the probe's positions touch it
+    other = {"kind": "layers", "damping": 0.7, "gauge": "paper", "rank_allocation": "global"}
+    change = {"probe": {"tokens": 7}, "align": {"epochs": 0}}
+    first, second = (
+        plan(runs={"a": {"proxy": {"kind": "layers"}}}),
+        plan(runs={"a": {"proxy": other}}, **change),
+    )
+    assert stages(first) == stages(second)
+
+
+def test_another_model_is_warmed_up_like_the_target() -> None:
+    p = plan(runs={"small": {"proxy": {"kind": "model", "model": "org/small"}}})
+    nodes = p.runs["small"].nodes
+    assert not {s for s, _ in p.nodes} & {"probe", "decomposition", "factors", "proxy"}
+    other, target = nodes["proxy-target"], nodes["target"]
+    assert other.params["target"] == target.params["target"] | {"model": "org/small"}
+    ours, theirs = nodes["proxy-warmup"], nodes["warmup"]
+    assert ours.params == theirs.params
+    assert ours.parents == theirs.parents | {"target": other}
+    assert nodes["features"].parents["model"] is ours
+    assert nodes["features"].id.startswith("org-small-")
+    assert nodes["fidelity"].parents["target"].parents["model"] is theirs
+    assert nodes["finetune-mmlu"].parents["model"] is target
+
+
+def test_code_of_another_model_is_never_run() -> None:
+    p = plan(
+        target={"trust_remote_code": True, "revision": "abc"},
+        runs={"small": {"proxy": {"kind": "model", "model": "org/small", "revision": "def"}}},
+    )
+    section = p.runs["small"].nodes["proxy-target"].params["target"]
+    assert section["trust_remote_code"] is False
+    assert section["revision"] == "def"
+
+
+def test_a_model_that_is_not_named_is_asked_for() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)runs\.a\.proxy.*needs proxy\.model"):
+        plan(runs={"a": {"proxy": {"kind": "model"}}})
 
 
 def test_fidelity_shares_the_pass_when_the_slice_is_the_pool() -> None:

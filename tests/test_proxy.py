@@ -16,7 +16,7 @@ from torch import Tensor
 from iprox.errors import ArtifactError, ConfigError, ModelError
 from iprox.models.layers import block_linears, scored_linears
 from iprox.models.load import as_proxy, load_model, load_proxy, save_proxy
-from iprox.models.lowrank import LowRankLinear, find_linear
+from iprox.models.lowrank import LowRankLinear, find_linear, replace_linears
 from iprox.numerics.ipsvd import Factors, plain_svd, truncate
 from iprox.stages import proxy
 from iprox.store.job import Job
@@ -137,6 +137,45 @@ def test_damaged_proxy_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "proxy.json").unlink()
     with pytest.raises(ModelError, match="not a proxy"):
         load_proxy(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 16}, {"num_hidden_layers": 1}], ids=str)
+def test_factors_and_proxies_of_another_target_are_refused(
+    change: dict[str, int], tmp_path: Path
+) -> None:
+    target, other = tiny_model(dtype=torch.float32), tiny_model(dtype=torch.float32, **change)
+    factors = factors_of(target)
+    layer = r"model\.layers\.[01]\."
+    for use in (
+        lambda: as_proxy(other, factors),
+        lambda: save_proxy(tmp_path, other, factors, tiny_tokenizer(), {}),
+    ):
+        with pytest.raises(ModelError, match=rf"(?s)(another target|no such layer).*{layer}.*do:"):
+            use()
+    save_proxy(tmp_path, target, factors, tiny_tokenizer(), {})
+    other.config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"(?s)(do not fit|no such layer).*do:"):
+        load_proxy(tmp_path)
+
+
+def test_a_rank_above_its_layers_limit_is_refused() -> None:
+    model = tiny_model()
+    with pytest.raises(ModelError, match=r"(?s)rank.*layers\.0\.mlp\.up_proj.*33.*1\.\.32.*do:"):
+        replace_linears(model, {"model.layers.0.mlp.up_proj": 33})
+
+
+@pytest.mark.parametrize(
+    "patterns", [{"include": ["*.qproj"]}, {"exclude": ["layers.7.*"]}], ids=str
+)
+def test_patterns_that_match_nothing_are_told_what_there_is(patterns: dict[str, list[str]]) -> None:
+    first, last = "model.layers.0.self_attn.q_proj", "to model.layers.1.mlp.down_proj"
+    for named in (scored_linears, block_linears):
+        with pytest.raises(
+            ModelError, match=rf"(?s)matches nothing.*proxy\.layers.*{first}.*{last}"
+        ):
+            named(tiny_model(), LayersSection(**patterns))
+    with pytest.raises(ModelError, match=r"(?s)leave no layer.*of 14 layers.*do:"):
+        scored_linears(tiny_model(), LayersSection(exclude=["*"]))
 
 
 # --- the stage ---------------------------------------------------------------------------------

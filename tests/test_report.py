@@ -18,7 +18,7 @@ from scipy import stats
 
 from iprox.errors import ArtifactError
 from iprox.report import selected, tables
-from iprox.report.artifacts import Study
+from iprox.report.artifacts import Artifact, Run, Study
 from iprox.report.charts import CSS_VARIABLES, short, spread_out
 from iprox.report.compare import intervals_overlap, paired_difference
 from iprox.report.formats import duration, interval, latex, markdown, number, scaled, signed
@@ -566,3 +566,19 @@ def test_long_names_keep_both_ends() -> None:
     assert len(short(name)) <= 22
     assert short(name).startswith("iprox-sp")
     assert short(name).endswith("seed-3")
+
+
+def test_the_size_of_kept_blocks_is_that_of_their_layers(tmp_path: Path) -> None:
+    blocks = {"block": [0, 1, 2, 3], "kept": [True, False, True, True], "parameters": [10] * 4}
+    write_table(tmp_path / "blocks.parquet", pd.DataFrame(blocks))
+    made = Artifact(tmp_path, "extraction", "layers-0.25-x", "0", {}, {"seconds": 3.0})
+    cut = Run("cut", "cut", "gradient", "layers", 0.25, "default", {}, "fidelity", {})
+    whole = replace(cut, artifacts={"extraction": made})
+    assert tables.size(whole) == {
+        "sparsity_effective": 0.25,
+        "parameters": 30,
+        "parameters_dense": 40,
+    }
+    assert tables.making_seconds(whole) == 3
+    assert "blocks are left out" in whole.why_missing("factors")
+    assert "not made from the target" in replace(cut, proxy="model").why_missing("proxy")

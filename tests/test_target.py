@@ -109,6 +109,12 @@ def test_a_checkpoint_without_a_weight_is_refused(target_folder: Path, tmp_path:
     assert name in str(caught.value)
 
 
+def test_a_proxy_is_no_model_of_its_own(target_folder: Path, tmp_path: Path) -> None:
+    (target_folder / "proxy.json").write_text('{"ranks": {}}')
+    with pytest.raises(ModelError, match=r"(?s)a proxy that was made from another target.*target"):
+        run(tmp_path / "out", target_folder.parent, model="target")
+
+
 def test_pickled_weights_are_refused(target_folder: Path, tmp_path: Path) -> None:
     (target_folder / "model.safetensors").rename(target_folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match="no safetensors weights"):

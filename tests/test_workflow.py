@@ -301,6 +301,40 @@ def test_other_architectures_go_through(tmp_path: Path, architecture: str) -> No
     assert json.loads((link / "proxy" / "proxy.json").read_text())["ranks"]
 
 
+def test_kept_blocks_and_another_model_go_through(tmp_path: Path) -> None:
+    write_inputs(tmp_path, examples=12)
+    runs = {
+        "cut": {"proxy": {"kind": "layers", "sparsity": 0.5}},
+        "other": {"proxy": {"kind": "model", "model": "other"}},
+    }
+    (tmp_path / "other").mkdir()
+    tiny_model("llama", torch.float32, vocab_size=272, num_hidden_layers=1).save_pretrained(
+        tmp_path / "other"
+    )
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    config = study(runs=runs, until="fidelity", shards=1)
+    todo = jobs(snakemake(tmp_path, config, "-n"))
+    assert (todo["extraction"], todo["target"], todo["warmup"]) == (1, 2, 2)
+    snakemake(tmp_path, config)
+    folder = tmp_path / "results" / "studies" / "tiny"
+    for run in runs:
+        table = pd.read_parquet(folder / run / "fidelity" / "fidelity.parquet")
+        assert table["value"].notna().all()
+    blocks = pd.read_parquet(folder / "cut" / "extraction" / "blocks.parquet")
+    assert blocks["kept"].sum() == 1
+    table = pd.read_parquet(folder / "report" / "tables" / "runs.parquet").set_index("run")
+    assert table.loc["cut", "sparsity_effective"] == 0.5
+    assert pd.isna(table.loc["other", "sparsity"])
+
+
+def test_the_study_of_rivals_starts(tmp_path: Path) -> None:
+    config = yaml.safe_load((ROOT / "config" / "small" / "rivals.yaml").read_text())
+    todo = jobs(snakemake(tmp_path, config, "-n", "fidelities"))
+    assert todo["extraction"] == 1
+    assert todo["decomposition"] == todo["factors"] - 1 == 3
+    assert todo["fidelity"] == 5
+
+
 def test_a_mistake_is_a_message_and_no_traceback(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     for change, words in [

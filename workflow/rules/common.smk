@@ -21,6 +21,7 @@ FILES = {
     "probe": ["probe.zarr/zarr.json"],
     "decomposition": ["directions.safetensors", "spectra.zarr/zarr.json"],
     "factors": ["factors.safetensors", "layers.parquet"],
+    "extraction": ["config.json", "blocks.parquet"],
     "proxy": ["model.safetensors", "proxy.json"],
     "query": ["query.zarr/zarr.json"],
     "features": [],

@@ -150,3 +150,34 @@ rule proxy:
         spec=spec("proxy"),
     script:
         "../scripts/proxy.py"
+
+
+rule extraction:
+    # The blocks of the target that matter most, as a model of their own.
+    input:
+        warmup=parent("extraction", "warmup"),
+        split=parent("extraction", "split"),
+        pool=parent("extraction", "pool"),
+    output:
+        files("extraction"),
+        manifest=manifest("extraction"),
+    log:
+        "results/logs/extraction/{id}.log",
+    benchmark:
+        "results/benchmarks/extraction/{id}.tsv"
+    # On the longest path of a study: what waits for it is most of the work.
+    priority: 10
+    conda:
+        "../../envs/iprox.yaml"
+    threads: model_threads()
+    resources:
+        gpu=1,
+        gpu_mem_mb=gpu_mem("extraction"),
+        mem_mb=mem("extraction"),
+        runtime=runtime("extraction"),
+    params:
+        code=code("extraction"),
+        parents=parents("extraction"),
+        spec=spec("extraction"),
+    script:
+        "../scripts/extraction.py"

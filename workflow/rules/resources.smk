@@ -13,6 +13,7 @@ MEM_MB = {
     "probe": 2500,
     "decomposition": 1500,
     "factors": 1300,
+    "extraction": 2500,
     "proxy": 5500,
     "query": 2400,
     "features": 2800,

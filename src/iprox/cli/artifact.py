@@ -25,6 +25,7 @@ STAGES = {
     "decomposition": "Nested low-rank directions of every replaced layer, for all sparsities.",
     "factors": "The low-rank factors of every replaced layer at one sparsity.",
     "proxy": "The small model made from the target that scores in its place, aligned to it.",
+    "extraction": "The blocks of the warmed-up target that matter most, as a model.",
     "curvature": "Eigenbases and eigenvalues of the scoring model's curvature, by layer.",
     "query": "Mean query gradients of one task, by layer of the scoring model.",
     "features": "Every candidate's gradient: dot products with the queries', or a sketch.",

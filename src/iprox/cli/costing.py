@@ -26,7 +26,7 @@ from iprox.plan.forecast import (
     measured_rates,
 )
 from iprox.plan.history import Made, read_history
-from iprox.plan.plan import Plan
+from iprox.plan.plan import Node, Plan
 from iprox.plan.sizes import find_architecture
 from iprox.plan.volumes import Volumes, target_of
 from iprox.progress import clock
@@ -88,7 +88,7 @@ def forecast(question: Question, root: Path = Path()) -> Forecast:
 
     Raises:
         ConfigError: The study breaks the schema, or the size of its pool is not known.
-        ModelError: The sizes of its target are not known.
+        ModelError: The sizes of its target, or of another model it scores with, are not known.
     """
     plan = load_plan(question.configs, question.data_dir)
     folder = Path(plan.study.config.data_dir or ".")
@@ -105,6 +105,15 @@ def forecast(question: Question, root: Path = Path()) -> Forecast:
         rates = measured_rates(measured, assumed, f"measured: {of} ({len(measured)} artifacts)")
     sizes = {} if question.pool is None else {pool.id: question.pool}
     volumes = Volumes(history, sizes, question.tokens)
+    estimators = {target.id: Estimator(arch, volumes, on_gpu)}
+    for other in (node for node in plan.nodes.values() if node.stage == "target"):
+        if other.id not in estimators:
+            sizes_of, _ = find_architecture(other, folder, root)
+            estimators[other.id] = Estimator(sizes_of, volumes, on_gpu)
+
+    def need_of(node: Node) -> Need:
+        return estimators[(target_of(node) or target).id].need(node)
+
     stages = [(x.node, x.finished and not sizes, x.runs) for x in plan_lines(plan, root)]
     return Forecast(
         plan,
@@ -112,7 +121,7 @@ def forecast(question: Question, root: Path = Path()) -> Forecast:
         arch_source,
         rates,
         volumes.sources,
-        lines(stages, Estimator(arch, volumes, on_gpu), rates),
+        lines(stages, need_of, rates),
         check(measured, assumed),
         (question.gpus or 1) if on_gpu else CPU_JOBS,
         on_gpu,

@@ -600,6 +600,7 @@ STAGE_VIEWS: dict[str, tuple[tuple[str, View], ...]] = {
         ("alignment.parquet", alignment),
         ("alignment_layers.parquet", alignment_layers),
     ),
+    "extraction": (("blocks.parquet", whole_table), (".", model)),
     "curvature": (("curvature.zarr", store),),
     "query": (("query.zarr", query_gradients),),
     "features": ((".", features),),

@@ -370,7 +370,7 @@ class _Judge(Generic[ExampleT]):
     def __call__(self, step: int, epoch: float) -> Candidate | None:
         """The proxy as it stands, in the gauge it would be kept in; None if it has diverged."""
         before = self.proxy.copy()
-        if not all(bool(t.isfinite().all()) for pair in before.values() for t in pair):
+        if not _are_finite(before):
             return None
         if self.rebalance:
             self.proxy.put(rebalanced(before))
@@ -473,7 +473,11 @@ def _train(
                 return
             run.add_candidate(candidate, align.select_by)
         if rebalance and phase.ends_epoch(step) and not phase.recovers:
-            proxy.put(rebalanced(proxy.copy()))
+            factors = proxy.copy()
+            if not _are_finite(factors):
+                run.diverged_at = number
+                return
+            proxy.put(rebalanced(factors))
             optimizer = _optimizer(proxy)
 
 
@@ -547,6 +551,10 @@ def _beats(new: Point, best: Point, select_by: str) -> bool:
     if new.fidelity is None:
         return False
     return best.fidelity is None or new.fidelity > best.fidelity
+
+
+def _are_finite(factors: Mapping[str, FactorPair]) -> bool:
+    return all(bool(t.isfinite().all()) for pair in factors.values() for t in pair)
 
 
 def _or_none(value: float) -> float | None:

@@ -41,7 +41,7 @@ def select(names: Iterable[str], section: LayersSection) -> list[str]:
                 "a layer pattern matches nothing",
                 where="proxy.layers",
                 value=pattern,
-                allowed=f"names such as {', '.join(candidates[:7])}",
+                allowed=f"names such as {', '.join(candidates[:7])}, to {candidates[-1]}",
                 fix="correct the pattern; * stands for any text",
             )
     kept = [
@@ -55,6 +55,7 @@ def select(names: Iterable[str], section: LayersSection) -> list[str]:
             "the layer patterns leave no layer",
             where="proxy.layers",
             value={"include": section.include, "exclude": section.exclude},
+            allowed=f"patterns that leave at least one of {len(candidates)} layers",
             fix="exclude fewer layers",
         )
     return kept

@@ -138,7 +138,13 @@ def assign_weights(model: Any, weights: Mapping[str, Tensor], where: Path) -> No
     try:
         result = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        raise ModelError("weights do not fit the model", where=where, value=str(error)) from None
+        raise ModelError(
+            "weights do not fit the model",
+            where=where,
+            value=str(error),
+            allowed="weights of the shapes that config.json and the ranks give",
+            fix="make the proxy again from its target",
+        ) from None
     model.tie_weights()
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     missing = [n for n in result.missing_keys if n not in tied]
@@ -147,6 +153,7 @@ def assign_weights(model: Any, weights: Mapping[str, Tensor], where: Path) -> No
             "weights do not fit the model",
             where=where,
             value={"missing": missing[:5], "unexpected": result.unexpected_keys[:5]},
+            allowed="every weight of the model and no other",
             fix="make the proxy again from its target",
         )
 
@@ -182,7 +189,12 @@ def save_proxy(
 def proxy_weights(
     target: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]
 ) -> dict[str, Tensor]:
-    """State of a proxy: the target's state with factorised weights replaced by their factors."""
+    """State of a proxy: the target's state with factorised weights replaced by their factors.
+
+    Raises:
+        ModelError: The factors were made from another target.
+    """
+    check_fit(target, factors)
     tied = set(getattr(target, "all_tied_weights_keys", None) or ())
     state = {n: t.detach() for n, t in target.state_dict().items() if n not in tied}
     for name, (left, right) in factors.items():
@@ -203,7 +215,11 @@ def as_proxy(
         target: The dense model.
         factors: Layer -> (left (out, rank), right (rank, in)).
         dtype: Precision of the proxy; the target's when absent.
+
+    Raises:
+        ModelError: The factors were made from another target.
     """
+    check_fit(target, factors)
     # weights that factors replace are not copied: one stored number stands in for each
     dense = [find_linear(target, name).weight for name in factors]
     stand_ins = {id(w): nn.Parameter(w.detach().new_empty(1).expand(w.shape)) for w in dense}
@@ -215,6 +231,25 @@ def as_proxy(
             find_linear(proxy, f"{name}.left").weight.copy_(left)
             find_linear(proxy, f"{name}.right").weight.copy_(right)
     return proxy
+
+
+def check_fit(target: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Refuse factors whose product is not of their layer's shape.
+
+    Raises:
+        ModelError: Names the first such layer, or one that the target does not have.
+    """
+    for name, (left, right) in factors.items():
+        shape = tuple(find_linear(target, name).weight.shape)
+        fits = left.shape[0] == shape[0] and right.shape[1] == shape[1]
+        if not fits or left.shape[1] != right.shape[0]:
+            raise ModelError(
+                "factors do not fit their layer: they were made from another target",
+                where=name,
+                value=f"left {tuple(left.shape)}, right {tuple(right.shape)}",
+                allowed=f"left ({shape[0]}, rank), right (rank, {shape[1]})",
+                fix="make the factors from this target's own decomposition",
+            )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -67,6 +67,7 @@ def replace_linears(model: nn.Module, ranks: Mapping[str, int]) -> None:
                 where=name,
                 value=rank,
                 allowed=f"1..{min(old.weight.shape)}",
+                fix="use factors that were made from this very model",
             )
         new = LowRankLinear(
             old.in_features,

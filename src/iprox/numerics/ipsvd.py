@@ -94,7 +94,7 @@ class DampedRoot:
     the rows and nothing (dim, dim) is formed. Eigenpairs, C itself and its Cholesky factor are
     computed when they are first needed, and kept.
 
-    Build with :meth:`from_rows` or :meth:`from_covariance`.
+    Build with :meth:`from_rows`, :meth:`from_covariance` or :meth:`identity`.
 
     Attributes:
         dim: Number of inputs or outputs of the layer.
@@ -150,6 +150,20 @@ class DampedRoot:
         dim = covariance.shape[0]
         lam = _absolute(damping, mode, float(covariance.trace()) / dim)
         return cls(dim, lam, accumulated=(covariance + covariance.T) / 2)._checked()
+
+    @classmethod
+    def identity(cls, dim: int, like: Tensor) -> DampedRoot:
+        """A side whose directions all count the same: C = I, undamped.
+
+        With it in place of the output gradients' moment the solution weights errors of the layer's
+        outputs by how often their inputs occur, as SVD-LLM (arXiv:2403.07378) does.
+
+        Args:
+            dim: Number of outputs (or inputs) of the layer.
+            like: A tensor on the device to use.
+        """
+        # full rank by construction, so no eigenpairs are needed to check it
+        return cls(dim, 0.0, accumulated=torch.eye(dim, dtype=torch.float64, device=like.device))
 
     def _checked(self) -> DampedRoot:
         if self.lam == 0 and not self.is_zero and self.rank < self.dim:
@@ -369,7 +383,12 @@ def truncate(directions: Directions, rank: int, gauge: Gauge = "balanced") -> Fa
     """
     available = directions.left.shape[1]
     if not 1 <= rank <= available:
-        raise NumericsError("a rank is out of range", value=rank, allowed=f"1 to {available}")
+        raise NumericsError(
+            "a rank is out of range",
+            value=rank,
+            allowed=f"1 to {available}",
+            fix="raise proxy.sparsity, or lower proxy.rank_multiple",
+        )
     left, right = directions.left[:, :rank], directions.right[:rank]
     if gauge == "balanced":
         return balance(left, right)
@@ -393,12 +412,17 @@ def balance(left: Tensor, right: Tensor) -> Factors:
 
     Returns:
         Factors in the dtype of ``left``; computed in float64.
+
+    Raises:
+        NumericsError: A factor is not finite.
     """
-    basis_left, r_left = torch.linalg.qr(left.double())
-    basis_right, r_right = torch.linalg.qr(right.double().T)
+    left_unit, right_unit = _unit(left), _unit(right)  # else the product of large factors overflows
+    basis_left, r_left = torch.linalg.qr(left.double() / left_unit)
+    basis_right, r_right = torch.linalg.qr(right.double().T / right_unit)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T)
     s = torch.where(s > len(s) * torch.finfo(s.dtype).eps * s[0], s, 0)  # zero columns stay zero
-    new_left, new_right = basis_left @ (u * s.sqrt()), (s.sqrt()[:, None] * vh) @ basis_right.T
+    root = s.sqrt() * (math.sqrt(left_unit) * math.sqrt(right_unit))
+    new_left, new_right = basis_left @ (u * root), (root[:, None] * vh) @ basis_right.T
     signs = _signs(new_left)
     return Factors((new_left * signs).to(left.dtype), (signs[:, None] * new_right).to(left.dtype))
 
@@ -534,6 +558,23 @@ def _n_resolved(values: Tensor, dim: int) -> int:
 
 def _eigen_dtype(side: int) -> torch.dtype:
     return torch.float64 if side <= FLOAT64_LIMIT else torch.float32
+
+
+def _unit(factor: Tensor) -> float:
+    """An even power of two near the largest entry: division by it and its root round nothing.
+
+    Raises:
+        NumericsError: The factor is not finite.
+    """
+    largest = float(factor.abs().max())
+    if not math.isfinite(largest):
+        raise NumericsError(
+            "a factor is not finite, so it cannot be balanced",
+            value=f"{int((~factor.isfinite()).sum())} of {factor.numel()} entries",
+            fix="lower the learning rate of what trained it",
+        )
+    _, exponent = math.frexp(largest)
+    return math.ldexp(1.0, max(exponent // 2 * 2 - 2, -1022)) if largest else 1.0
 
 
 def _signs(columns: Tensor) -> Tensor:

@@ -41,18 +41,8 @@ def rank_for(
     Raises:
         ConfigError: Sparsity is not inside (0, 1), or the multiple is not a positive integer.
     """
-    if not 0 < sparsity < 1:
-        raise ConfigError(
-            "sparsity is out of range", where="proxy.sparsity", value=sparsity, allowed="0 < s < 1"
-        )
-    step = auto_multiple(out_dim, in_dim) if multiple == "auto" else multiple
-    if step < 1:
-        raise ConfigError(
-            "a rank multiple is out of range",
-            where="proxy.rank_multiple",
-            value=multiple,
-            allowed="auto, or an integer of at least 1",
-        )
+    check_sparsity(sparsity)
+    step = multiple_of(out_dim, in_dim, multiple)
     # exact: in floats 1 - 0.7 is above 0.3, and a rank that fits would round up by one multiple
     exact = (1 - Fraction(str(sparsity))) * out_dim * in_dim / (out_dim + in_dim)
     wanted = exact if rounding == "ceil" else Fraction(max(1, round(exact)))
@@ -78,9 +68,57 @@ def auto_multiple(out_dim: int, in_dim: int) -> int:
     return next((q for at_least, q in ((1024, 128), (256, 32), (64, 8)) if smaller >= at_least), 1)
 
 
+def multiple_of(out_dim: int, in_dim: int, multiple: Multiple) -> int:
+    """What ranks of a layer are multiples of.
+
+    Raises:
+        ConfigError: The multiple is not a positive integer.
+    """
+    step = auto_multiple(out_dim, in_dim) if multiple == "auto" else multiple
+    if step < 1:
+        raise ConfigError(
+            "a rank multiple is out of range",
+            where="proxy.rank_multiple",
+            value=multiple,
+            allowed="auto, or an integer of at least 1",
+        )
+    return step
+
+
 def layer_parameters(out_dim: int, in_dim: int, rank: int | None) -> int:
     """Weights of a layer kept dense (rank None) or replaced by factors, bias not counted."""
     return out_dim * in_dim if rank is None else rank * (out_dim + in_dim)
+
+
+def blocks_kept(n_blocks: int, sparsity: float) -> int:
+    """Blocks left at a sparsity: (1 - sparsity) n_blocks, halves rounded up, at least 1.
+
+    Raises:
+        ConfigError: Sparsity is not inside (0, 1), or too low to drop a block.
+    """
+    check_sparsity(sparsity)
+    kept = max(1, math.floor((1 - Fraction(str(sparsity))) * n_blocks + Fraction(1, 2)))
+    if kept == n_blocks:
+        raise ConfigError(
+            "no block is dropped, so the proxy would be the target itself",
+            where="proxy.sparsity",
+            value=sparsity,
+            allowed=f"more than {1 / (2 * n_blocks):.3g} for a model of {n_blocks} blocks",
+            fix="raise the sparsity",
+        )
+    return kept
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Refuse a share to remove that is nothing or everything.
+
+    Raises:
+        ConfigError: It is not inside (0, 1).
+    """
+    if not 0 < sparsity < 1:
+        raise ConfigError(
+            "sparsity is out of range", where="proxy.sparsity", value=sparsity, allowed="0 < s < 1"
+        )
 
 
 def effective_sparsity(parameters: int, parameters_dense: int) -> float:

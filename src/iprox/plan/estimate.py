@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from iprox.numerics.flops import Load, Network
 from iprox.numerics.ranks import (
     Architecture,
     block_shapes,
+    blocks_kept,
     max_useful_rank,
     model_size,
     rank_for,
@@ -98,6 +99,7 @@ class Estimator:
             "decomposition": self._decomposition,
             "factors": self._factors,
             "proxy": self._proxy,
+            "extraction": self._extraction,
             "query": self._query,
             "features": self._features,
             "ranking": self._ranking,
@@ -118,13 +120,17 @@ class Estimator:
         """Matrix products of a planned model.
 
         Args:
-            model: A target, warmup, finetune or proxy stage.
+            model: A target, warmup, finetune, extraction or proxy stage. Ranks that are chosen
+                when the spectra are known are taken to be those of equal sparsities.
             layers: Patterns of the layers that are scored; all when absent.
         """
 
         def scored(name: str) -> bool:
             return layers is None or _selected(f"model.{name}", layers)
 
+        if model.stage == "extraction":
+            kept = blocks_kept(self.arch.blocks, model.params["extraction"]["sparsity"])
+            return Network.plan(replace(self.arch, blocks=kept), scored=scored)
         if model.stage != "proxy":
             return Network.plan(self.arch, scored=scored)
         cut = model.parents["factors"].params["factors"]
@@ -341,6 +347,23 @@ class Estimator:
             tokens=steps.seen * texts.tokens,
         )
 
+    def _extraction(self, node: Node) -> Need:
+        """A forward pass of the whole target over the probe examples."""
+        target, net = self.network(node.parents["warmup"]), self.network(node)
+        texts, element = self.split_texts(node), BYTES[node.params["compute"]["dtype"]]
+        weights = element * self.model_parameters(net)
+        load = _load(texts._replace(supervised=0))
+        widest = 4 * self.arch.ff + 8 * self.arch.hidden
+        return Need(
+            flops=flops.forward(target, load),
+            # the new model, and once more when it is read again to compare
+            memory=self.process
+            + element * (self.parameters + widest * self._batch(BATCH_TOKENS, texts))
+            + 2 * weights,
+            disk=weights,
+            tokens=load.tokens,
+        )
+
     def _query(self, node: Node) -> Need:
         net = self.network(node.parents["model"], node.params["layers"])
         texts = self.volumes.queries(node, node.parents["task"])
@@ -422,6 +445,7 @@ def needs_model(node: Node) -> bool:
     return node.stage in {
         "warmup",
         "probe",
+        "extraction",
         "proxy",
         "query",
         "features",

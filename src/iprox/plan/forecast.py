@@ -8,10 +8,10 @@ of every finished stage from the *other* finished ones and compared with what it
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from iprox.plan.estimate import Estimator, Need, needs_model
+from iprox.plan.estimate import Need, needs_model
 from iprox.plan.history import Made
 from iprox.plan.plan import Node
 from iprox.plan.volumes import target_of
@@ -215,18 +215,20 @@ class Line:
 
 
 def lines(
-    nodes: Iterable[tuple[Node, bool, tuple[str, ...]]], estimator: Estimator, rates: Rates
+    nodes: Iterable[tuple[Node, bool, tuple[str, ...]]],
+    need_of: Callable[[Node], Need],
+    rates: Rates,
 ) -> list[Line]:
     """Every stage with its need and time.
 
     Args:
         nodes: Stages, whether each is finished, and the runs that need it.
-        estimator: Works out needs.
+        need_of: Works out needs.
         rates: Work out times.
     """
     found = []
     for node, finished, runs in nodes:
-        need = estimator.need(node)
+        need = need_of(node)
         found.append(Line(node, need, rates.seconds(node, need), finished, runs))
     return found
 

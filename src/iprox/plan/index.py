@@ -59,16 +59,14 @@ def runs_table(plan: Plan) -> list[dict[str, Any]]:
     rows = []
     for name, run_plan in plan.runs.items():
         run = run_plan.run
-        gradient = run.config.scorer.kind == "gradient"
-        factorised = gradient and run.config.proxy.kind != "target"
         rows.append(
             {
                 "study": plan.name,
                 "run": name,
                 "group": run.group,
                 "scorer": run.config.scorer.kind,
-                "proxy": run.config.proxy.kind if gradient else None,
-                "sparsity": run.config.proxy.sparsity if factorised else None,
+                "proxy": run.proxy,
+                "sparsity": run.sparsity,
                 "preset": run.config.preset,
                 "changed": json.dumps(run.changed, sort_keys=True),
                 "settings": json.dumps(flatten(run.config.model_dump(mode="json")), sort_keys=True),

@@ -16,7 +16,7 @@ from typing import Any
 from iprox.errors import ConfigError, did_you_mean
 from iprox.store.manifest import MANIFEST, digest_json
 from iprox.study.load import Run, Study
-from iprox.study.schema import TaskSection
+from iprox.study.schema import ProxySection, TaskSection
 
 RESULTS = Path("results")
 ID_DIGITS = 10
@@ -33,6 +33,10 @@ SKETCH_SIZES = {
     "random": ("dim", "distribution"),
 }
 """Keys of the section ``features`` that a kind of sketch uses besides those of all kinds."""
+
+
+RANK_RULE = ("sparsity", "rank_multiple", "rank_rounding", "dense_rule")
+"""Keys of the section ``proxy`` that give a layer its rank from its shape alone."""
 
 
 @dataclass(frozen=True)
@@ -218,24 +222,63 @@ class _RunPlanner:
             params["disjoint_from"] = {"name": "probe", "size": sizes.probe}
         return self.plan.add("split", name, {"split": params}, {"pool": self.pool})
 
-    def warmup(self) -> Node:
-        """The warmed-up target."""
+    def warmup(self, model: Node | None = None) -> Node:
+        """The warmed-up target, or another model warmed up as the target is."""
+        target = model or self.target
         split = self.split("warmup")
         params = {
             "chat": self.chat,
             "compute": self.compute,
             "warmup": self.config.warmup.model_dump(),
         }
-        parents = {"pool": self.pool, "split": split, "target": self.target}
-        return self.plan.add("warmup", self.plan.study.config.target.model, params, parents)
+        parents = {"pool": self.pool, "split": split, "target": target}
+        return self.plan.add("warmup", target.params["target"]["model"], params, parents)
 
     def _scoring_model(self) -> dict[str, Node]:
-        """The model that scores: the warmed-up target, or a proxy made from it."""
+        """The model that scores, as ``model``, and what it is made of."""
+        kind, warmup = self.config.proxy.kind, self.warmup()
+        nodes = {"pool": self.pool, "target": self.target, "warmup": warmup, "model": warmup}
+        if kind == "layers":
+            nodes["extraction"] = nodes["model"] = self._extraction()
+        elif kind == "model":
+            nodes["proxy-target"], nodes["proxy-warmup"] = self._other_model()
+            nodes["model"] = nodes["proxy-warmup"]
+        elif self.config.proxy.is_factorised:
+            nodes |= self._factorised()
+            nodes["model"] = nodes["proxy"]
+        return nodes
+
+    def _extraction(self) -> Node:
+        """A model of some of the warmed-up target's blocks."""
+        sparsity = self.config.proxy.sparsity
+        return self.plan.add(
+            "extraction",
+            f"layers-{sparsity:g}",
+            {
+                "chat": self.chat,
+                "compute": self.compute,
+                "extraction": {"kind": "layers", "sparsity": sparsity},
+            },
+            {"pool": self.pool, "split": self.split("probe"), "warmup": self.warmup()},
+        )
+
+    def _other_model(self) -> tuple[Node, Node]:
+        """A model that is not made from the target, and its warm-up on the same examples."""
+        proxy, like = self.config.proxy, self.plan.study.config.target
+        assert proxy.model is not None
+        section = like.model_dump(exclude={"attention"}) | {
+            "model": proxy.model,
+            "revision": proxy.revision,
+            "trust_remote_code": False,
+        }
+        other = self.plan.add("target", proxy.model, {"target": section})
+        return other, self.warmup(other)
+
+    def _factorised(self) -> dict[str, Node]:
+        """The warmed-up target with factors in place of weights, and the steps to it."""
         proxy, warmup = self.config.proxy, self.warmup()
         layers = proxy.layers.model_dump()
-        nodes = {"pool": self.pool, "target": self.target, "warmup": warmup, "model": warmup}
-        if proxy.kind == "target":
-            return nodes
+        nodes: dict[str, Node] = {}
         made_of = {"warmup": warmup}
         if proxy.kind == "ipsvd":
             nodes["probe"] = made_of["probe"] = self.plan.add(
@@ -253,17 +296,22 @@ class _RunPlanner:
         solver = proxy.model_dump(include={"kind", "dense_rule"})
         if proxy.kind == "ipsvd":
             solver |= proxy.model_dump(include={"mode", "damping_mode", "damping", "objective"})
+            if proxy.whiten != "both":
+                solver["whiten"] = proxy.whiten
         nodes["decomposition"] = self.plan.add(
             "decomposition",
-            proxy.kind if proxy.kind == "svd" else f"{proxy.kind}-{proxy.mode}",
+            proxy.kind if proxy.kind == "svd" else "-".join([*_weighting(proxy), proxy.mode]),
             {"decomposition": solver, "layers": layers},
             made_of,
         )
-        cut = {"sparsity", "rank_multiple", "rank_rounding", "dense_rule", "gauge"}
+        cut = proxy.model_dump(include={*RANK_RULE, "gauge"})
+        if proxy.rank_allocation != "uniform":
+            cut["rank_allocation"] = proxy.rank_allocation
+        label = "-".join([*_builder(proxy), f"{proxy.sparsity:g}"])
         nodes["factors"] = self.plan.add(
             "factors",
-            f"{proxy.kind}-{proxy.sparsity:g}",
-            {"factors": proxy.model_dump(include=cut)},
+            label,
+            {"factors": cut},
             {"decomposition": nodes["decomposition"]},
         )
         parents = {"factors": nodes["factors"], "warmup": warmup}
@@ -271,9 +319,9 @@ class _RunPlanner:
         if self.config.align.trains:
             parents |= {"pool": self.pool, "split": self.split("align")}
             align = self.config.align.model_dump()
-        nodes["proxy"] = nodes["model"] = self.plan.add(
+        nodes["proxy"] = self.plan.add(
             "proxy",
-            f"{proxy.kind}-{proxy.sparsity:g}",
+            label,
             {
                 "align": align,
                 "chat": self.chat,
@@ -290,8 +338,7 @@ class _RunPlanner:
         """The probe's parameters; the paper's rule for N needs what the ranks depend on."""
         params = self.config.probe.model_dump()
         if self.config.probe.tokens == "rank":
-            cut = {"sparsity", "rank_multiple", "rank_rounding", "dense_rule"}
-            params["rank_rule"] = self.config.proxy.model_dump(include=cut)
+            params["rank_rule"] = self.config.proxy.model_dump(include=set(RANK_RULE))
         return params
 
     def queries(self, model: Node) -> dict[str, Node]:
@@ -305,7 +352,7 @@ class _RunPlanner:
         return {
             f"query/{task.name}": self.plan.add(
                 "query",
-                f"{task.name}-{_label(model)}",
+                f"{task.name}-{self._label(model)}",
                 params,
                 {"model": model, "task": self.plan.shared[f"task-{task.name}"]},
             )
@@ -340,7 +387,7 @@ class _RunPlanner:
         if sketch:
             params["features"] = sketch | {"check": self.config.features.check}
         shards = self.plan.study.config.shards if subset == "all" else 1
-        parts = [_label(model), sketch.get("kind"), None if subset == "all" else subset]
+        parts = [self._label(model), sketch.get("kind"), None if subset == "all" else subset]
         return self.plan.add("features", "-".join(filter(None, parts)), params, parents, shards)
 
     def _reduction(self) -> dict[str, Any]:
@@ -350,6 +397,10 @@ class _RunPlanner:
     def _is_exact(self) -> bool:
         """Whether scores are those of the scoring model's whole gradients."""
         return not self.sketch() and self._reduction() == EXACT
+
+    def _label(self, model: Node) -> str:
+        """What a scoring model is called in the ids of what is computed at it."""
+        return "target" if model.parents.get("target") is self.target else _readable(model)
 
     def sketch(self) -> dict[str, Any]:
         """Settings of the run's sketch, those that its kind uses; empty for exact features."""
@@ -374,7 +425,7 @@ class _RunPlanner:
         }
         ours = self.features(nodes["model"], subset)
         parents = {"proxy": ours, "target": self.features(nodes["warmup"], subset, exact=True)}
-        label = _label(nodes["model"])
+        label = self._label(nodes["model"])
         if self.sketch():
             params["features"] = self.sketch()
             parents |= {f"proxy_{role}": q for role, q in self.queries(nodes["model"]).items()}
@@ -466,15 +517,13 @@ def _report(plan: Plan) -> Node:
     runs = {}
     for name, run_plan in plan.runs.items():
         run = run_plan.run
-        gradient = run.config.scorer.kind == "gradient"
-        factorised = gradient and run.config.proxy.kind != "target"
         runs[name] = {
             "changed": run.changed,
             "group": run.group,
             "preset": run.config.preset,
-            "proxy": run.config.proxy.kind if gradient else None,
+            "proxy": run.proxy,
             "scorer": run.config.scorer.kind,
-            "sparsity": run.config.proxy.sparsity if factorised else None,
+            "sparsity": run.sparsity,
             "until": run.config.until,
         }
         shown = {k: n for k, n in run_plan.nodes.items() if k not in ("pool", "target", "model")}
@@ -503,9 +552,16 @@ def _readable(node: Node) -> str:
     return node.id.rsplit("-", 1)[0]
 
 
-def _label(model: Node) -> str:
-    """What a scoring model is called in the ids of what is computed at it."""
-    return _readable(model) if model.stage == "proxy" else "target"
+def _builder(proxy: ProxySection) -> list[str]:
+    """What a factorised proxy is called in ids: its kind, and what it does unlike others of it."""
+    ranks = [] if proxy.rank_allocation == "uniform" else [proxy.rank_allocation]
+    return _weighting(proxy) + ranks
+
+
+def _weighting(proxy: ProxySection) -> list[str]:
+    """How a factorised proxy weights errors, as ids say it."""
+    alone = proxy.kind == "ipsvd" and proxy.whiten != "both"
+    return [proxy.kind, proxy.whiten] if alone else [proxy.kind]
 
 
 def _clean(label: str) -> str:

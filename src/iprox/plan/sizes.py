@@ -34,6 +34,15 @@ PACKAGED = {
 """Models from pinned packages, whose sizes are known before they are unpacked."""
 
 
+GEMMA3 = {
+    "head_dim": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 262208,
+}
+"""Sizes that published configs of Gemma 3 leave out: the defaults of the architecture."""
+
+
 def find_architecture(
     target: Node, data_dir: Path, root: Path = Path(), given: Path | None = None
 ) -> tuple[Architecture, str]:
@@ -63,10 +72,10 @@ def find_architecture(
     if name in PACKAGED:
         return PACKAGED[name], f"the known sizes of {name}"
     raise ModelError(
-        "the sizes of the target are not known: its config.json is not on this machine",
-        where="target.model",
+        "the sizes of a model are not known: its config.json is not on this machine",
+        where="target.model, or proxy.model of a run",
         value=name,
-        fix=f"fetch the target (snakemake {target.manifest} --configfile STUDY), or its "
+        fix=f"fetch the model (snakemake {target.manifest} --configfile STUDY), or the target's "
         "config.json alone and give it: iprox cost STUDY --model-config config.json",
     )
 
@@ -95,8 +104,10 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     Raises:
         KeyError: A size is missing.
     """
-    text = config.get("text_config", config)
+    text = dict(config.get("text_config", config))
     kind = str(text.get("model_type", config.get("model_type", "")))
+    if kind.startswith("gemma3"):
+        text = GEMMA3 | text
     heads = text["num_attention_heads"]
     return Architecture(
         hidden=text["hidden_size"],

@@ -154,7 +154,7 @@ class Volumes:
 
 
 def target_of(node: Node) -> Node | None:
-    """The target among a stage's ancestors."""
+    """The target among a stage's ancestors; of a stage at another model, that model."""
     if node.stage == "target":
         return node
     found = (target_of(parent) for parent in node.parents.values())

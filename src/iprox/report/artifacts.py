@@ -96,8 +96,9 @@ class Run:
         name: The run's name.
         group: Runs that differ only by a random draw share a group.
         scorer: ``gradient`` or ``random``.
-        proxy: ``target``, ``ipsvd``, ``svd``, or None for a run without a proxy.
-        sparsity: Share of parameters the run asked to remove, None without factors.
+        proxy: ``target``, ``ipsvd``, ``svd``, ``layers``, ``model``, or None for a run without a
+            proxy.
+        sparsity: Share of the target the run asked to remove, None if it removes nothing.
         preset: Preset the study started from.
         changed: Keys the run changes, with their values.
         until: Last step the run goes to.
@@ -144,6 +145,10 @@ class Run:
             return "a random order has no proxy to measure"
         if kind in ("factors", "proxy") and self.proxy == "target":
             return "the target scores with its own weights: nothing is factorised"
+        if kind in ("factors", "proxy") and self.proxy == "layers":
+            return "whole blocks are left out: nothing is factorised"
+        if kind in ("factors", "proxy") and self.proxy == "model":
+            return "another model scores: it is not made from the target"
         if kind == "fidelity" and self.is_target:
             return "this run is the reference that proxies are compared with"
         if kind == "features" and self.is_random:

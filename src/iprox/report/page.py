@@ -539,6 +539,7 @@ def costs_grid(study: Study, frame: pd.DataFrame) -> Grid:
             "probe",
             "decomposition",
             "factors",
+            "extraction",
             "proxy",
             "features",
             "finetune",

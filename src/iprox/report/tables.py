@@ -71,7 +71,7 @@ def _run_row(study: Study, run: Run) -> dict[str, Any]:
         "until": run.until,
         "changed": settings_text(run.changed),
         "sparsity": run.sparsity,
-        **_size(run),
+        **size(run),
         **_spearman(run, study.tasks),
         "making_seconds": making_seconds(run),
         "scoring_seconds": scoring_seconds(run),
@@ -83,12 +83,17 @@ def _run_row(study: Study, run: Run) -> dict[str, Any]:
     return {key: np.nan if value is None else value for key, value in row.items()}
 
 
-def _size(run: Run) -> dict[str, float]:
-    """Parameters of the layers a proxy replaces, before and after."""
-    if "factors" not in run.artifacts:
+def size(run: Run) -> dict[str, float]:
+    """Parameters of the layers a proxy replaces or leaves out, before and after."""
+    if "factors" in run.artifacts:
+        layers = run.artifacts["factors"].table("layers.parquet")
+        kept, dense = float(layers["parameters"].sum()), float(layers["parameters_dense"].sum())
+    elif "extraction" in run.artifacts:
+        blocks = run.artifacts["extraction"].table("blocks.parquet")
+        parts = blocks["parameters"]
+        kept, dense = float(parts[blocks["kept"]].sum()), float(parts.sum())
+    else:
         return {"sparsity_effective": np.nan, "parameters": np.nan, "parameters_dense": np.nan}
-    layers = run.artifacts["factors"].table("layers.parquet")
-    kept, dense = float(layers["parameters"].sum()), float(layers["parameters_dense"].sum())
     return {"sparsity_effective": 1 - kept / dense, "parameters": kept, "parameters_dense": dense}
 
 
@@ -151,8 +156,8 @@ def speedup(study: Study, run: Run) -> float | None:
     return reference / own if reference and own else None
 
 
-MAKING = ("probe", "decomposition", "factors", "proxy")
-"""Steps that make a proxy out of the warmed-up target."""
+MAKING = ("probe", "decomposition", "factors", "proxy", "extraction", "proxy-warmup")
+"""Steps that make a proxy: out of the warmed-up target, or of another model."""
 
 
 def making_seconds(run: Run) -> float | None:

@@ -157,7 +157,7 @@ def _plain_layers(
     device = _linear_algebra_device()
     for name in names:
         weight = weights.read(f"{name}.weight").to(device)
-        with _located(name):
+        with located(name):
             directions = plain_svd(weight, _kept(weight, proxy))
         yield name, directions, {"kernel": f"svd/{directions.form}"}
 
@@ -169,13 +169,16 @@ def _probed_layers(
     device = _linear_algebra_device()
     shapes = weights.shapes()
     for site, names in _by_site(probe).items():
-        with _located(f"{names[0]} (inputs)"):
+        with located(f"{names[0]} (inputs)"):
             input_root = _root(probe[f"inputs/{site}"], proxy, device)
         for name in names:
-            with _located(f"{name} (output gradients)"):
-                grad_root = _root(probe[f"output_grads/{name}"], proxy, device)
             weight = _weight_of(name, weights, shapes, probe).to(device)
-            with _located(name):
+            with located(f"{name} (output gradients)"):
+                if proxy.whiten == "inputs":
+                    grad_root = DampedRoot.identity(len(weight), weight)
+                else:
+                    grad_root = _root(probe[f"output_grads/{name}"], proxy, device)
+            with located(name):
                 directions = decompose(
                     weight,
                     input_root,
@@ -258,8 +261,8 @@ def _put_spectrum(
 
 
 @contextmanager
-def _located(where: str) -> Iterator[None]:
-    """Say in numerical errors which layer they are about."""
+def located(where: str) -> Iterator[None]:
+    """Say in numerical errors which layer they are about, and raise them again."""
     try:
         yield
     except NumericsError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -12,10 +13,11 @@ import zarr
 from safetensors import safe_open
 
 from iprox.errors import ConfigError
+from iprox.numerics.allocation import Spectrum, allocate, uniform_budget, weighted_error
 from iprox.numerics.ipsvd import Directions, Factors, truncate, truncation_error
 from iprox.numerics.ranks import effective_sparsity, layer_parameters, rank_for
 from iprox.progress import track
-from iprox.stages.decomposition import save_tensors
+from iprox.stages.decomposition import located, save_tensors
 from iprox.store.arrays import open_store
 from iprox.store.job import Job, Metrics
 from iprox.store.tables import write_table
@@ -31,8 +33,9 @@ def make(job: Job) -> Metrics:
     float32; layers kept dense are not in it. ``layers.parquet`` has a row per layer.
 
     Returns:
-        Parameters of the decomposed layers after and before, the sparsity really achieved, and
-        numbers of layers, of those kept dense and of those whose rank could not be filled.
+        Parameters of the decomposed layers after and before, the sparsity really achieved, the
+        share of all layers' squared weighted norm that is lost, and numbers of layers, of those
+        kept dense and of those whose rank could not be filled.
 
     Raises:
         ConfigError: Every layer would stay dense.
@@ -42,6 +45,10 @@ def make(job: Job) -> Metrics:
     source = job.parents["decomposition"]
     spectra = open_store(source / "spectra.zarr")
     names = list(spectra.attrs["layers"])
+    found = {name: _spectrum(spectra[f"singular_values/{name}"]) for name in names}
+    ranks = choose_ranks(found, proxy)
+    if proxy.rank_allocation == "global":
+        _warn_of_units(dict(spectra.attrs["settings"]))
     tensors: dict[str, torch.Tensor] = {}
     rows: list[dict[str, Any]] = []
     with (
@@ -49,7 +56,8 @@ def make(job: Job) -> Metrics:
         track(len(names), "layers", "factors") as progress,
     ):
         for name in names:
-            row, factors = _cut(name, spectra[f"singular_values/{name}"], directions, proxy)
+            stored = spectra[f"singular_values/{name}"]
+            row, factors = _cut(name, stored, ranks[name], directions, proxy)
             rows.append(row)
             if factors is not None:
                 tensors[f"{name}.left"] = factors.left.contiguous()
@@ -69,18 +77,66 @@ def make(job: Job) -> Metrics:
     shutil.copytree(
         source / "spectra.zarr", job.out / "spectra.zarr", copy_function=shutil.copyfile
     )
-    return _summary(layers)
+    return {**_summary(layers), "error_share": _error_share(found, ranks)}
+
+
+def choose_ranks(spectra: Mapping[str, Spectrum], proxy: ProxySection) -> dict[str, int | None]:
+    """Rank of every layer, None for those kept dense.
+
+    Args:
+        spectra: Layer -> its spectrum.
+        proxy: Settings.
+
+    Raises:
+        ConfigError: Sparsity or rank multiple is out of range.
+    """
+    rule = (proxy.sparsity, proxy.rank_multiple, proxy.rank_rounding, proxy.dense_rule)
+    shapes = [(one.out_dim, one.in_dim) for one in spectra.values()]
+    if proxy.rank_allocation == "uniform":
+        ranks = [rank_for(out_dim, in_dim, *rule) for out_dim, in_dim in shapes]
+    else:
+        budget = uniform_budget(shapes, *rule)
+        ranks = allocate(list(spectra.values()), budget, proxy.rank_multiple)
+    return dict(zip(spectra, ranks, strict=True))
+
+
+def _warn_of_units(decomposition: Mapping[str, Any]) -> None:
+    """Say so when layers' errors are not in one unit, so that a common budget means little."""
+    about_loss = decomposition.get("kind", "ipsvd") == "ipsvd"
+    about_loss &= decomposition.get("whiten", "both") == "both"
+    about_loss &= decomposition.get("objective", "tracin") == "tracin"
+    if not about_loss:
+        log.warning(
+            "proxy.rank_allocation global compares errors that are not changes of the loss: only "
+            "proxy.kind ipsvd with whiten both and objective tracin makes them that"
+        )
+
+
+def _spectrum(stored: zarr.Array) -> Spectrum:
+    """What a layer loses at each rank; nothing if plain SVD stands in for its weighting.
+
+    Such a layer has inputs or gradients that are all zero: its weight changes no loss, and its
+    singular values are not in the units of the others'.
+    """
+    about, values = dict(stored.attrs), torch.from_numpy(stored[...])
+    if about["fallback"]:
+        return Spectrum(about["out"], about["in"], torch.zeros_like(values))
+    return Spectrum(about["out"], about["in"], values, about["floor"])
+
+
+def _error_share(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | None]) -> float:
+    """Sum of all layers' squared weighted errors, as a share of that of no weights at all."""
+    total = sum(weighted_error(one, 0) for one in spectra.values())
+    lost = sum(weighted_error(one, ranks[name]) for name, one in spectra.items())
+    return lost / total if total else 0.0
 
 
 def _cut(
-    name: str, spectrum: zarr.Array, directions: Any, proxy: ProxySection
+    name: str, spectrum: zarr.Array, rank: int | None, directions: Any, proxy: ProxySection
 ) -> tuple[dict[str, Any], Factors | None]:
     """One layer's row of ``layers.parquet``, and its factors unless it is kept dense."""
     about = dict(spectrum.attrs)
     out_dim, in_dim = int(about["out"]), int(about["in"])
-    rank = rank_for(
-        out_dim, in_dim, proxy.sparsity, proxy.rank_multiple, proxy.rank_rounding, proxy.dense_rule
-    )
     singular_values = torch.from_numpy(spectrum[...])
     parameters, dense = layer_parameters(out_dim, in_dim, rank), out_dim * in_dim
     row = {
@@ -117,7 +173,8 @@ def _cut(
         about["form"],
         about["floor"],
     )
-    return row, truncate(nested, rank, proxy.gauge)
+    with located(name):
+        return row, truncate(nested, rank, proxy.gauge)
 
 
 def _summary(layers: pd.DataFrame) -> Metrics:

@@ -14,7 +14,7 @@ from iprox.data.sources import data_path
 from iprox.errors import ModelError, did_you_mean
 from iprox.models.device import dtype_of
 from iprox.models.gguf import PACKAGED, find_gguf, load_gguf
-from iprox.models.load import load_model, load_tokenizer, weight_files
+from iprox.models.load import is_proxy, load_model, load_tokenizer, weight_files
 from iprox.store.job import Job, Metrics
 from iprox.study.schema import TargetSection
 
@@ -64,6 +64,7 @@ def load_target(section: TargetSection, data_dir: Path, cache_dir: Path) -> tupl
         return load_gguf(find_gguf(section.model, cache_dir))
     if _is_local(section.model, data_dir):
         folder = data_path(data_dir, section.model, where="target.model")
+        _refuse_proxy(folder)
         weight_files(folder)
         return _load_pretrained(str(folder), section, revision=None)
     return _load_pretrained(section.model, section, section.revision)
@@ -150,6 +151,23 @@ def _is_local(model: str, data_dir: Path) -> bool:
     return (data_dir / model).exists() or model.startswith((".", "/")) or model.count("/") > 1
 
 
+def _refuse_proxy(folder: Path) -> None:
+    """A folder of factors is no model of its own: only the target it was made from has its scale.
+
+    Raises:
+        ModelError: The folder is one.
+    """
+    if is_proxy(folder):
+        raise ModelError(
+            "the folder is a proxy that was made from another target",
+            where="target.model, or proxy.model of a run",
+            value=folder,
+            allowed="an ordinary model folder",
+            fix="name the model itself; proxies of the study's target are made by the study "
+            "(proxy.kind ipsvd, svd or layers)",
+        )
+
+
 def _load_pretrained(name: str, section: TargetSection, revision: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -190,8 +208,8 @@ def _not_loaded(model: str, error: Exception) -> ModelError:
     else:
         fix = "check the name; load a hub model once with a connection (HF_HUB_OFFLINE unset)"
     return ModelError(
-        "the target cannot be loaded",
-        where=f"target.model {model}",
+        "a model cannot be loaded",
+        where=f"target.model, or proxy.model of a run: {model}",
         value=str(error),
         allowed=f"{did_you_mean(model, PACKAGED)}, a folder below data_dir, a hub name",
         fix=fix,

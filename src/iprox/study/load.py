@@ -49,6 +49,17 @@ class Run:
     changed: dict[str, Any]
     draw: int = 0
 
+    @property
+    def proxy(self) -> str | None:
+        """Kind of the model that scores; None when none does."""
+        return self.config.proxy.kind if self.config.scorer.kind == "gradient" else None
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of the target that the run asks to remove; None when it removes nothing."""
+        made_of_target = self.proxy not in (None, "target", "model")
+        return self.config.proxy.sparsity if made_of_target else None
+
 
 @dataclass(frozen=True)
 class Study:

@@ -213,15 +213,32 @@ class LayersSection(Section):
 class ProxySection(Section):
     """The model that scores in the target's place."""
 
-    kind: Literal["target", "ipsvd", "svd"] = Field(
-        "ipsvd", description="The target itself, influence-preserving SVD, or plain truncated SVD."
+    kind: Literal["target", "ipsvd", "svd", "layers", "model"] = Field(
+        "ipsvd",
+        description="The target itself, influence-preserving SVD, plain truncated SVD, the blocks "
+        "of the target that matter most (layer extraction), or another, smaller model.",
     )
+    model: str | None = Field(
+        None,
+        description="kind model: the model, named as target.model is; it is warmed up as the "
+        "target is, and reads texts with its own tokenizer.",
+    )
+    revision: str | None = Field(None, description="kind model: hub commit or tag.")
     sparsity: float = Field(
-        0.5, gt=0, lt=1, description="Share of each replaced layer's parameters removed."
+        0.5,
+        gt=0,
+        lt=1,
+        description="Share of each replaced layer's parameters removed (kind layers: of blocks).",
     )
     rank_multiple: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto",
         description="Ranks are rounded up to a multiple of this; auto: 128, 32, 8 or 1 by size.",
+    )
+    rank_allocation: Literal["uniform", "global"] = Field(
+        "uniform",
+        description="The same sparsity in every layer, or its budget of parameters spent where it "
+        "removes most of the weighted error; layers then differ in rank, and some stay dense. "
+        "Made for kind ipsvd with whiten both, where errors are changes of the loss.",
     )
     rank_rounding: Literal["ceil", "round_ceil"] = Field(
         "ceil", description="round_ceil rounds to an integer first, as the reference code does."
@@ -242,10 +259,26 @@ class ProxySection(Section):
     gauge: Literal["balanced", "paper"] = Field(
         "balanced", description="How the two factors share the scale of their product."
     )
+    whiten: Literal["both", "inputs"] = Field(
+        "both",
+        description="Weight errors by inputs and output gradients, or by inputs alone, as "
+        "compression by activations (SVD-LLM) does.",
+    )
     objective: Literal["tracin", "influence"] = Field(
         "tracin", description="Weight errors by second moments, or by their inverses (appendix E)."
     )
     layers: LayersSection = Field(LayersSection(), description="Which layers are replaced.")
+
+    @model_validator(mode="after")
+    def _names_its_model(self) -> ProxySection:
+        if self.kind == "model" and self.model is None:
+            raise ValueError("kind model needs proxy.model: the name or folder of a smaller model")
+        return self
+
+    @property
+    def is_factorised(self) -> bool:
+        """Whether factors stand in for the target's weights."""
+        return self.kind in ("ipsvd", "svd")
 
 
 class AlignSection(Section):
