@@ -25,7 +25,7 @@ FILES = {
     "query": ["query.zarr/zarr.json"],
     "features": [],
     "ranking": ["ranking.parquet"],
-    "fidelity": ["fidelity.parquet"],
+    "fidelity": ["fidelity.parquet", "layers.parquet"],
     "selection": ["selection.parquet", "selected.jsonl"],
     "finetune": ["config.json"],
     "evaluation": ["items.parquet", "metrics.json"],

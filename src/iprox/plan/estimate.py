@@ -54,6 +54,9 @@ best and the current candidate, and the parts of the gradient."""
 SHARD_BYTES = 6500
 """Bytes of a scoring shard besides what it holds of each example."""
 
+LAYER_DOTS_BYTES = 64 * 2**20
+"""Inner products are kept layer by layer up to this size."""
+
 LONGEST = 2.0
 """The longest example of a batch, in units of the mean length."""
 
@@ -367,9 +370,16 @@ class Estimator:
         return Need(
             flops=flops.features(net, _load(texts), n_queries),
             memory=self._pass_memory(net, texts, element) + 4 * n_queries * net.scored_weights,
-            disk=texts.n * (8 * n_queries + 60) + SHARD_BYTES * node.shards,
+            disk=texts.n * (8 * n_queries + 60)
+            + self._layer_dots(node, texts.n * n_queries)
+            + SHARD_BYTES * node.shards,
             tokens=texts.n * texts.tokens,
         )
+
+    def _layer_dots(self, node: Node, products: float) -> float:
+        """Bytes of inner products kept layer by layer: of a slice, or of a small pool."""
+        size = 4 * products * len(self._selected_shapes(node.params["layers"]))
+        return size if size <= LAYER_DOTS_BYTES and "features" not in node.params else 0
 
     def _ranking(self, node: Node) -> Need:
         pool = next(n for n in _ancestors(node) if n.stage == "pool")
