@@ -248,8 +248,12 @@ def fidelity_writer(value: float) -> Callable[[Path], None]:
             "high": value + 0.1,
             "n": 4,
         }
-        table = pd.DataFrame([{"task": task} | row for task in ("mmlu", "mean")])
-        write_table(folder / "fidelity.parquet", table)
+        others = {"above_length": 0.375, "flops_ratio": 0.625}
+        rows = [{"task": task} | row for task in ("mmlu", "mean")]
+        rows += [row | {"task": "mean", "metric": m, "value": v} for m, v in others.items()]
+        write_table(folder / "fidelity.parquet", pd.DataFrame(rows))
+        layer = {"layer": LAYER, "task": "mean", "spearman": 0.8125, "share": 1.0, "n": 4}
+        write_table(folder / "layers.parquet", pd.DataFrame([layer]))
 
     return write
 

@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from report_fixture import GAIN, HOSTILE, TASKS, Fixture, metrics_of, plain_texts
+from report_fixture import (
+    GAIN,
+    HOSTILE,
+    NOISE,
+    SECONDS,
+    TASKS,
+    Fixture,
+    metrics_of,
+    plain_texts,
+)
 from scipy import stats
 
 from iprox.errors import ArtifactError
@@ -21,6 +30,7 @@ from iprox.report import selected, tables
 from iprox.report.artifacts import Study
 from iprox.report.charts import CSS_VARIABLES, short, spread_out
 from iprox.report.compare import intervals_overlap, paired_difference
+from iprox.report.figures import layer_fidelity, pareto_front
 from iprox.report.formats import duration, interval, latex, markdown, number, scaled, signed
 from iprox.report.page import TEXT_LIMIT, sketches_grid
 from iprox.stages.report import make
@@ -284,6 +294,41 @@ def test_a_run_with_sketches_is_not_the_reference(study: Study) -> None:
     ]
     (features.folder / "sketch.parquet").unlink()
     assert sketches_grid(study, tables.sketches(study)) is None
+
+
+def test_costs_are_relative_to_the_targets_pass_over_the_same_examples(study: Study) -> None:
+    table = tables.runs(study).set_index("run")
+    for run in ("iprox-0.5", "svd-0.5", "glance"):
+        rates = 200.0, 12_000 / SECONDS[run]
+        assert table["time_ratio"][run] == pytest.approx(rates[0] / rates[1])
+        assert table["parameters_ratio"][run] == 0.7
+        assert table["flops_ratio"][run] == pytest.approx(0.5 + 0.1 / (1 + NOISE.get(run, 1.0)))
+    assert table.loc["full", ["time_ratio", "flops_ratio", "parameters_ratio"]].isna().all()
+    assert "target-features" not in set(tables.costs(study)["step"])
+
+
+def test_a_proxy_below_a_guess_from_lengths_is_said_to_be(study: Study) -> None:
+    """svd-0.5 has Spearman 0.31 and the guess 0.28, with wide intervals."""
+    said = next(s for s in tables.findings(study) if "lengths" in s)
+    assert "is clearly beaten by iprox-0.5 and glance" in said
+    assert "not clearly beaten by svd-0.5" in said
+    row = tables.runs(study).set_index("run").loc["svd-0.5"]
+    assert row["above_length"] == pytest.approx(row["spearman_mean"] - row["length_spearman"])
+
+
+def test_the_front_has_what_nothing_cheaper_equals() -> None:
+    points = [(0.0, 0.2), (0.5, 0.1), (0.6, 0.7), (0.6, 0.8), (0.7, 0.8), (1.0, 1.0)]
+    assert pareto_front(points[::-1]) == [(0.0, 0.2), (0.6, 0.8), (1.0, 1.0)]
+
+
+def test_every_layer_has_a_cell_in_the_map(study: Study) -> None:
+    (chart,) = [c for c in layer_fidelity(study) if c.name.endswith("iprox-0.5")]
+    cells = re.findall(r'<g id="patch_', chart.svg)
+    background = 2  # of figure and axes
+    assert len(cells) >= 48 + background
+    assert [c.name for c in layer_fidelity(study)] == [
+        f"fidelity-layers-{run}" for run in ("iprox-0.5", "svd-0.5", "glance")
+    ]
 
 
 def test_overlap_is_the_share_of_the_targets_selection(fixture: Fixture, study: Study) -> None:

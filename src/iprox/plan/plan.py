@@ -463,8 +463,13 @@ def _report(plan: Plan) -> Node:
         }
         shown = {k: n for k, n in run_plan.nodes.items() if k not in ("pool", "target", "model")}
         parents |= {f"{name}/{key}": node for key, node in shown.items()}
-        if run.config.until == "fidelity" and "fidelity" in run_plan.nodes:
-            parents[f"{name}/features"] = run_plan.nodes["fidelity"].parents["proxy"]
+        if "fidelity" in run_plan.nodes:
+            compared = run_plan.nodes["fidelity"].parents
+            parents[f"{name}/target-features"] = compared["target"]
+            if run.config.until == "fidelity":
+                parents[f"{name}/features"] = compared["proxy"]
+            elif compared["proxy"] is not run_plan.nodes["features"]:
+                parents[f"{name}/slice-features"] = compared["proxy"]
     params = {
         "config": config.model_dump(mode="json", exclude={"data_dir", "runs", "shards"}),
         "report": config.report.model_dump(),

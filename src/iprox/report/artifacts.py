@@ -22,6 +22,9 @@ BASE = "base"
 SHARED = ("pool", "split", "target")
 """Roles that all runs have in common."""
 
+COMPARED = ("slice-features", "target-features")
+"""Scoring passes that a run's fidelity compares: what measuring costs, not what scoring does."""
+
 STOPS = {"fidelity": 0, "ranking": 1, "selection": 2, "evaluation": 3}
 """How far each value of a run's ``until`` goes; artifacts of a later step are not made."""
 
