@@ -6,7 +6,8 @@ The order of a study, a rule each; every arrow is a file:
       ─> query ─> features (shards) ─> ranking ─> selection ─> finetune ─> evaluation ─> report
                                      └> fidelity (proxy against target)
 
-Run `snakemake` for everything, or one of: rankings, fidelities, selections, report.
+Run `snakemake` for everything, or one of: rankings, fidelities, selections, report; and, apart
+from any study, f3: what IPSVD keeps of a small network's influence, beside plain SVD.
 """
 
 from snakemake.utils import min_version
@@ -24,10 +25,12 @@ include: "workflow/rules/inputs.smk"
 include: "workflow/rules/proxy.smk"
 include: "workflow/rules/influence.smk"
 include: "workflow/rules/outcome.smk"
+include: "workflow/rules/papers.smk"
 
 
 localrules:
     all,
+    f3,
     rankings,
     fidelities,
     selections,

@@ -138,6 +138,11 @@ def write_proxy(folder: Path) -> None:
     (folder / "proxy.json").write_text(json.dumps({"ranks": {LAYER: 2}, "gauge": "balanced"}))
 
 
+def write_synthetic(folder: Path) -> None:
+    row = {"kind": "ipsvd", "sparsity": 0.5, "metric": "influence_retention", "mean": 0.5625}
+    write_table(folder / "retention.parquet", pd.DataFrame([row]))
+
+
 def write_split(folder: Path) -> None:
     table = pd.DataFrame({"example_id": ["e0", "e1"], "split": "probe", "position": [0, 1]})
     write_table(folder / "split.parquet", table)
@@ -320,6 +325,7 @@ def every_stage(results: Results) -> dict[str, Node]:
     writer = ranking_writer([0.1, 0.4, -np.inf, 0.3])
     nodes["ranking"] = add("ranking", "f", {"influence": {"score": "cosine"}}, scored, writer)
     nodes["fidelity"] = add("fidelity", "f", {"fidelity": {}}, scored, fidelity_writer(0.75))
+    nodes["synthetic"] = add("synthetic", "f3", {"synthetic": {}}, None, write_synthetic)
     ranked = pool | {"ranking": nodes["ranking"]}
     nodes["selection"] = add(
         "selection", "f", {"select": {"fraction": 0.25}}, ranked, write_selection

@@ -30,6 +30,7 @@ FILES = {
     "finetune": ["config.json"],
     "evaluation": ["items.parquet", "metrics.json"],
     "report": ["index.html", "summary.txt"],
+    "synthetic": ["retention.parquet", "retention.svg"],
 }
 SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
 

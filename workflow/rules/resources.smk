@@ -22,6 +22,7 @@ MEM_MB = {
     "finetune": 3500,
     "evaluation": 1800,
     "report": 1000,
+    "synthetic": 1000,
 }
 GPU_MEM_MB = 16000
 RUNTIME_MIN = {

@@ -33,6 +33,7 @@ STAGES = {
     "selection": "The candidates that are kept, for each task.",
     "finetune": "The target fine-tuned on a selection, as a Hugging Face folder.",
     "evaluation": "What a model scores on one task, item by item and in all.",
+    "synthetic": "What low-rank layers of a small network keep of its loss and its influence.",
     "report": "Tables, figures and a page that show the runs of a study beside each other.",
 }
 

@@ -669,6 +669,7 @@ STAGE_VIEWS: dict[str, tuple[tuple[str, View], ...]] = {
     "selection": (("selection.parquet", selection), ("selected.jsonl", first_lines)),
     "finetune": ((".", model), ("log.parquet", training_log)),
     "evaluation": (("metrics.json", metrics), ("items.parquet", items)),
+    "synthetic": (("retention.parquet", whole_table),),
     "report": ((".", to_open),),
 }
 

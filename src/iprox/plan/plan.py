@@ -16,7 +16,7 @@ from typing import Any
 from iprox.errors import ConfigError, did_you_mean
 from iprox.store.manifest import MANIFEST, digest_json
 from iprox.study.load import Run, Study
-from iprox.study.schema import TaskSection
+from iprox.study.schema import SyntheticSection, TaskSection
 
 RESULTS = Path("results")
 ID_DIGITS = 10
@@ -46,6 +46,20 @@ class Node:
     params: dict[str, Any]
     parents: dict[str, Node] = field(default_factory=dict)
     shards: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        stage: str,
+        label: str,
+        params: dict[str, Any],
+        parents: dict[str, Node],
+        shards: int = 1,
+    ) -> Node:
+        """The stage with these parameters and parents, its identity worked out."""
+        ancestry = {role: parent.id for role, parent in parents.items()}
+        digest = digest_json({"params": params, "parents": ancestry, "stage": stage})
+        return cls(stage, f"{_clean(label)}-{digest[:ID_DIGITS]}", params, parents, shards)
 
     @property
     def folder(self) -> Path:
@@ -121,11 +135,8 @@ class Plan:
         shards: int = 1,
     ) -> Node:
         """Add a stage, or return the equal one that is there already."""
-        parents = parents or {}
-        ancestry = {role: parent.id for role, parent in parents.items()}
-        digest = digest_json({"params": params, "parents": ancestry, "stage": stage})
-        id = f"{_clean(label)}-{digest[:ID_DIGITS]}"
-        return self.nodes.setdefault((stage, id), Node(stage, id, params, parents, shards))
+        node = Node.of(stage, label, params, parents or {}, shards)
+        return self.nodes.setdefault((stage, node.id), node)
 
     def in_order(self) -> Iterator[Node]:
         """All stages, parents before children."""
@@ -169,6 +180,11 @@ def plan_study(study: Study) -> Plan:
             plan.shared[f"base/evaluation-{task.name}"] = planner.evaluation(target, task)
     plan.report = _report(plan)
     return plan
+
+
+def synthetic_node() -> Node:
+    """The experiment on made-up data, which belongs to no study."""
+    return Node.of("synthetic", "figure-3", {"synthetic": SyntheticSection().model_dump()}, {})
 
 
 class _RunPlanner:

@@ -432,6 +432,17 @@ class ReportSection(Section):
     examples: int = Field(10, ge=1, le=100, description="Best and worst examples shown per task.")
 
 
+class SyntheticSection(Section):
+    """The experiment on made-up data (``snakemake f3``). No part of a study file."""
+
+    seeds: int = Field(3, ge=1, description="Random tasks and networks.")
+    sparsities: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+        min_length=1,
+        description="Share of each layer's parameters removed.",
+    )
+
+
 class RunConfig(Section):
     """One way of scoring the pool, resolved: every section a run may override."""
 
