@@ -3,6 +3,7 @@
 The order of a study, a rule each; every arrow is a file:
 
     pool, task, target ─> split ─> warmup ─> probe ─> decomposition ─> factors ─> proxy
+    (`sparsity: auto` puts a stage sparsity before factors, which tries proxies)
       ─> query ─> features (shards) ─> ranking ─> selection ─> finetune ─> evaluation ─> report
                                      └> fidelity (proxy against target)
 

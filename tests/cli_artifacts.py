@@ -138,6 +138,12 @@ def write_proxy(folder: Path) -> None:
     (folder / "proxy.json").write_text(json.dumps({"ranks": {LAYER: 2}, "gauge": "balanced"}))
 
 
+def write_search(folder: Path) -> None:
+    row = {"sparsity": 0.5, "flops_ratio": 0.625, "verdict": "met", "spearman": 0.8125}
+    write_table(folder / "tried.parquet", pd.DataFrame([row | {"chosen": True}]))
+    (folder / "chosen.json").write_text(json.dumps(row | {"floor": 0.75}))
+
+
 def write_synthetic(folder: Path) -> None:
     row = {"kind": "ipsvd", "sparsity": 0.5, "metric": "influence_retention", "mean": 0.5625}
     write_table(folder / "retention.parquet", pd.DataFrame([row]))
@@ -314,6 +320,7 @@ def every_stage(results: Results) -> dict[str, Node]:
         write_decomposition,
     )
     made = {"decomposition": nodes["decomposition"]}
+    nodes["sparsity"] = add("sparsity", "f", {"search": {"floor": 0.8}}, made, write_search)
     nodes["factors"] = add("factors", "f", {"factors": {"sparsity": 0.5}}, made, write_factors)
     nodes["proxy"] = add("proxy", "f", {"align": {}}, {"factors": nodes["factors"]}, write_proxy)
     model = {"model": nodes["proxy"]}

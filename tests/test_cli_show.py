@@ -57,6 +57,7 @@ EXPECTED = {
     "selection": ("top 1 of 4", "examples per task"),
     "finetune": ("1.25",),
     "evaluation": ("loss", "mean loss"),
+    "sparsity": ("0.8125", "0.625", "met", "floor", "0.75"),
     "synthetic": ("influence_retention", "0.5625"),
     "report": ("index.html", "runs.csv"),
 }

@@ -120,6 +120,26 @@ def test_a_query_stores_a_gradient_per_group_and_linear() -> None:
     assert estimator.need(thin).flops < estimator.need(dense).flops
 
 
+def test_a_search_scores_the_slice_with_up_to_four_proxies() -> None:
+    runs = {"auto": {"proxy": {"sparsity": "auto"}, "until": "fidelity"}}
+    plan = planned(runs=runs)
+    estimator = Estimator(ARCH, volumes())
+    search, factors = node(plan, "sparsity"), node(plan, "factors")
+    thin = next(
+        n for n in plan.nodes.values() if n.stage == "query" and n.parents["model"].stage == "proxy"
+    )
+    scored = next(
+        n
+        for n in plan.nodes.values()
+        if n.stage == "features" and n.parents["model"].stage == "proxy"
+    )
+    each = estimator.need(thin).flops + estimator.need(scored).flops
+    assert estimator.need(search).flops == pytest.approx(4 * each)
+    # what is not known yet is counted as half
+    fixed = node(planned(runs={"iprox": {"proxy": {"sparsity": 0.5}}}), "factors")
+    assert estimator.need(factors) == estimator.need(fixed)
+
+
 def test_needs_grow_with_the_pool_where_they_must() -> None:
     plan = planned()
     small, large = (

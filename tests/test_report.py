@@ -32,7 +32,7 @@ from iprox.report.charts import CSS_VARIABLES, short, spread_out
 from iprox.report.compare import intervals_overlap, paired_difference
 from iprox.report.figures import layer_fidelity, pareto_front
 from iprox.report.formats import duration, interval, latex, markdown, number, scaled, signed
-from iprox.report.page import TEXT_LIMIT, sketches_grid
+from iprox.report.page import TEXT_LIMIT, searches_grid, sketches_grid
 from iprox.stages.report import make
 from iprox.store.job import Job
 from iprox.store.manifest import PROVENANCE
@@ -314,6 +314,30 @@ def test_a_proxy_below_a_guess_from_lengths_is_said_to_be(study: Study) -> None:
     assert "not clearly beaten by svd-0.5" in said
     row = tables.runs(study).set_index("run").loc["svd-0.5"]
     assert row["above_length"] == pytest.approx(row["spearman_mean"] - row["length_spearman"])
+
+
+def test_a_sparsity_that_was_found_is_shown_as_the_runs_own(tmp_path: Path) -> None:
+    fixture = Fixture(tmp_path, plain_texts(12), ["iprox-0.5"], tasks=["bbh"])
+
+    def write(folder: Path) -> None:
+        tried = pd.DataFrame({"sparsity": [0.5, 0.7], "parameters_ratio": 0.8, "flops_ratio": 0.6})
+        tried = tried.assign(verdict=["met", "below the floor"], spearman=[0.85, 0.25])
+        tried = tried.assign(low=0.2, high=0.9, chosen=[True, False])
+        write_table(folder / "tried.parquet", tried)
+        (folder / "chosen.json").write_text('{"sparsity": 0.5}')
+
+    fixture.stage("iprox-0.5/sparsity", "sparsity", write, 30.0)
+    job = fixture.job(tmp_path / "out")
+    job.params["runs"]["iprox-0.5"]["sparsity"] = "auto"
+    make(job)
+    study = Study.of_job(job)
+    row = tables.runs(study).iloc[0]
+    assert row["sparsity"] == 0.5
+    assert row["making_seconds"] == 30 + 1.5 + 21  # search, factors, proxy
+    grid = searches_grid(study, tables.searches(study))
+    assert grid is not None
+    assert [cells[-1].text for cells in grid.rows] == ["chosen", "below the floor"]
+    assert "How sparsities were found" in (job.out / "index.html").read_text()
 
 
 def test_the_front_has_what_nothing_cheaper_equals() -> None:

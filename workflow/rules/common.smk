@@ -20,6 +20,7 @@ FILES = {
     "warmup": ["config.json"],
     "probe": ["probe.zarr/zarr.json"],
     "decomposition": ["directions.safetensors", "spectra.zarr/zarr.json"],
+    "sparsity": ["chosen.json", "tried.parquet"],
     "factors": ["factors.safetensors", "layers.parquet"],
     "proxy": ["model.safetensors", "proxy.json"],
     "query": ["query.zarr/zarr.json"],

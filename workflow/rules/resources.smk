@@ -12,6 +12,7 @@ MEM_MB = {
     "warmup": 3000,
     "probe": 2500,
     "decomposition": 1500,
+    "sparsity": 3500,
     "factors": 1300,
     "proxy": 5500,
     "query": 2400,

@@ -23,6 +23,7 @@ STAGES = {
     "warmup": "The target after a short fine-tuning: the checkpoint influence is measured at.",
     "probe": "Layer inputs and output gradients of the warmed-up target at drawn token positions.",
     "decomposition": "Nested low-rank directions of every replaced layer, for all sparsities.",
+    "sparsity": "The smallest proxy that is faithful enough, and the ones that were tried.",
     "factors": "The low-rank factors of every replaced layer at one sparsity.",
     "proxy": "The small model made from the target that scores in its place, aligned to it.",
     "curvature": "Eigenbases and eigenvalues of the scoring model's curvature, by layer.",

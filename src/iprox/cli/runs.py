@@ -108,6 +108,8 @@ def _metrics(run: Path) -> dict[str, float | None]:
     for name, folder in links(run).items():
         if name == "fidelity" and (folder / "fidelity.parquet").is_file():
             found |= _fidelity(folder)
+        if name == "sparsity" and (folder / "chosen.json").is_file():
+            found["sparsity"] = read_json(folder / "chosen.json")["sparsity"]
         if name.startswith("evaluation-"):
             task = name.removeprefix("evaluation-")
             for metric, entry in read_json(folder / "metrics.json").items():

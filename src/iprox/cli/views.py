@@ -655,6 +655,7 @@ STAGE_VIEWS: dict[str, tuple[tuple[str, View], ...]] = {
     "warmup": ((".", model), ("log.parquet", training_log)),
     "probe": (("probe.zarr", store),),
     "decomposition": (("spectra.zarr", spectra), ("directions.safetensors", decomposed)),
+    "sparsity": (("chosen.json", json_file), ("tried.parquet", whole_table)),
     "factors": (("layers.parquet", layers), ("factors.safetensors", decomposed)),
     "proxy": (
         (".", model),

@@ -21,6 +21,9 @@ from iprox.study.schema import SyntheticSection, TaskSection
 RESULTS = Path("results")
 ID_DIGITS = 10
 
+CUT = {"sparsity", "rank_multiple", "rank_rounding", "dense_rule", "gauge"}
+"""Keys of the section ``proxy`` that decide how factors are cut from directions."""
+
 SKETCH_SIZES = {
     "countsketch": ("dim",),
     "logra": ("rank",),
@@ -269,12 +272,14 @@ class _RunPlanner:
             {"decomposition": solver, "layers": layers},
             made_of,
         )
-        cut = {"sparsity", "rank_multiple", "rank_rounding", "dense_rule", "gauge"}
+        cut_from = {"decomposition": nodes["decomposition"]}
+        if proxy.sparsity == "auto":
+            nodes["sparsity"] = cut_from["sparsity"] = self._sparsity(nodes)
         nodes["factors"] = self.plan.add(
             "factors",
-            f"{proxy.kind}-{proxy.sparsity:g}",
-            {"factors": proxy.model_dump(include=cut)},
-            {"decomposition": nodes["decomposition"]},
+            f"{proxy.kind}-{proxy.sparsity}",
+            {"factors": proxy.model_dump(include=CUT)},
+            cut_from,
         )
         parents = {"factors": nodes["factors"], "warmup": warmup}
         align: dict[str, Any] = {"epochs": 0.0, "recover_epochs": 0.0}
@@ -283,7 +288,7 @@ class _RunPlanner:
             align = self.config.align.model_dump()
         nodes["proxy"] = nodes["model"] = self.plan.add(
             "proxy",
-            f"{proxy.kind}-{proxy.sparsity:g}",
+            f"{proxy.kind}-{proxy.sparsity}",
             {
                 "align": align,
                 "chat": self.chat,
@@ -296,10 +301,55 @@ class _RunPlanner:
         )
         return nodes
 
+    def _sparsity(self, nodes: dict[str, Node]) -> Node:
+        """The stage that looks for the smallest proxy that is faithful enough.
+
+        Raises:
+            ConfigError: Neither a floor nor a ceiling says what is enough.
+        """
+        proxy, floor = self.config.proxy, self.config.fidelity.floor
+        if floor is None and proxy.max_cost is None:
+            raise ConfigError(
+                "sparsity auto needs to know what is enough",
+                where=f"runs.{self.run.name}: fidelity.floor, proxy.max_cost",
+                fix="set a floor of fidelity, a ceiling of cost, or both",
+            )
+        subset = "all" if self._slice_is_pool() else "fidelity"
+        params = {
+            "chat": self.chat,
+            "compute": self.compute,
+            "factors": proxy.model_dump(include=CUT),
+            "influence": self.config.influence.model_dump(),
+            "layers": proxy.layers.model_dump(),
+            "search": {
+                "bootstrap": self.config.fidelity.bootstrap,
+                "floor": floor,
+                "max_cost": proxy.max_cost,
+                "seed": self.config.fidelity.seed,
+            },
+        }
+        parents = {
+            "decomposition": nodes["decomposition"],
+            "pool": self.pool,
+            "target": self.features(nodes["warmup"], subset, exact=True),
+            "warmup": nodes["warmup"],
+        }
+        parents |= {
+            f"task/{task.name}": self.plan.shared[f"task-{task.name}"] for task in self.tasks
+        }
+        return self.plan.add("sparsity", f"{proxy.kind}-{floor or proxy.max_cost}", params, parents)
+
     def _probe_params(self) -> dict[str, Any]:
         """The probe's parameters; the paper's rule for N needs what the ranks depend on."""
         params = self.config.probe.model_dump()
         if self.config.probe.tokens == "rank":
+            if self.config.proxy.sparsity == "auto":
+                raise ConfigError(
+                    "the number of probe tokens cannot follow a rank that is looked for later",
+                    where=f"runs.{self.run.name}: probe.tokens, proxy.sparsity",
+                    value="probe.tokens rank with proxy.sparsity auto",
+                    fix="give probe.tokens a number, or proxy.sparsity",
+                )
             cut = {"sparsity", "rank_multiple", "rank_rounding", "dense_rule"}
             params["rank_rule"] = self.config.proxy.model_dump(include=cut)
         return params
@@ -369,7 +419,7 @@ class _RunPlanner:
         if self.config.proxy.kind == "target" and not self.sketch():
             return {}
         params: dict[str, Any] = {
-            "fidelity": self.config.fidelity.model_dump(),
+            "fidelity": self.config.fidelity.model_dump(exclude={"floor"}),
             "influence": self.config.influence.model_dump(),
         }
         ours = self.features(nodes["model"], subset)

@@ -100,7 +100,8 @@ class Run:
         group: Runs that differ only by a random draw share a group.
         scorer: ``gradient`` or ``random``.
         proxy: ``target``, ``ipsvd``, ``svd``, or None for a run without a proxy.
-        sparsity: Share of parameters the run asked to remove, None without factors.
+        sparsity: Share of parameters the run asked to remove, or that was found for it; None
+            without factors.
         preset: Preset the study started from.
         changed: Keys the run changes, with their values.
         until: Last step the run goes to.
@@ -251,12 +252,19 @@ def _run(name: str, about: dict[str, Any], artifacts: dict[str, Artifact]) -> Ru
         group=about["group"],
         scorer=about["scorer"],
         proxy=about["proxy"],
-        sparsity=about["sparsity"],
+        sparsity=_sparsity(about["sparsity"], artifacts.get("sparsity")),
         preset=about["preset"],
         changed=about["changed"],
         until=about["until"],
         artifacts=artifacts,
     )
+
+
+def _sparsity(asked: float | str | None, found: Artifact | None) -> float | None:
+    """The sparsity a run asked for, or had looked for."""
+    if isinstance(asked, str):
+        return None if found is None else float(found.json("chosen.json")["sparsity"])
+    return asked
 
 
 def _by_task(artifacts: dict[str, Artifact], tasks: list[str]) -> dict[str, Artifact]:

@@ -115,6 +115,7 @@ def render(study: Study, frames: dict[str, pd.DataFrame], charts: dict[str, list
         stages=stages_grid(frames["stages"]),
         kept=kept_grid(study, frames["runs"], frames["fidelity"]),
         fidelity=fidelity_grid(study, frames["fidelity"]),
+        searches=searches_grid(study, tables.searches(study)),
         sketches=sketches_grid(study, tables.sketches(study)),
         overlap=overlap_grid(study, frames["runs"]),
         composition=composition_grids(study, frames["composition"]),
@@ -377,6 +378,25 @@ def fidelity_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
     return Grid(columns, rows)
 
 
+def searches_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
+    """Proxies that were tried to find a sparsity."""
+    if frame.empty:
+        return None
+    columns = [("run", False), ("sparsity", True), ("Spearman", True)]
+    columns += [("parameters", True), ("FLOPs of scoring", True), ("verdict", False)]
+    rows = [
+        [
+            _run_cell(study, row["run"]),
+            Cell(f"{row['sparsity']:g}"),
+            _measured(row["spearman"], row["low"], row["high"], 2, "not scored"),
+            *(_plain(row[n], percent, "") for n in ("parameters_ratio", "flops_ratio")),
+            Cell("chosen" if row["chosen"] else row["verdict"]),
+        ]
+        for row in frame.to_dict("records")
+    ]
+    return Grid(columns, rows)
+
+
 def sketches_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
     """Size and errors of every run's sketches against exact gradients."""
     if frame.empty:
@@ -592,6 +612,7 @@ def costs_grid(study: Study, frame: pd.DataFrame) -> Grid:
             "warmup",
             "probe",
             "decomposition",
+            "sparsity",
             "factors",
             "proxy",
             "features",

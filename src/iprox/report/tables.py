@@ -144,6 +144,19 @@ def time_ratio(run: Run) -> float | None:
     return rates[1] / rates[0] if rates[0] and rates[1] else None
 
 
+def searches(study: Study) -> pd.DataFrame:
+    """Proxies that were tried where a sparsity was looked for, ``run`` first."""
+    tables = [
+        run.artifacts["sparsity"].table("tried.parquet").assign(run=run.name)
+        for run in study.runs
+        if "sparsity" in run.artifacts
+    ]
+    if not tables:
+        return pd.DataFrame(columns=["run"])
+    table = pd.concat(tables, ignore_index=True)
+    return table[["run", *(column for column in table.columns if column != "run")]]
+
+
 def fidelity_layers(study: Study) -> pd.DataFrame:
     """How much of each layer's influence every distinct proxy keeps, ``run`` first."""
     seen: set[str] = set()
@@ -206,7 +219,7 @@ def speedup(study: Study, run: Run) -> float | None:
     return reference / own if reference and own else None
 
 
-MAKING = ("probe", "decomposition", "factors", "proxy")
+MAKING = ("probe", "decomposition", "sparsity", "factors", "proxy")
 """Steps that make a proxy out of the warmed-up target."""
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -38,11 +40,54 @@ def make(job: Job) -> Metrics:
         ConfigError: Every layer would stay dense.
         NumericsError: A rank exceeds the directions that were kept.
     """
-    proxy = job.section(ProxySection, "factors")
+    proxy = resolved(job)
     source = job.parents["decomposition"]
+    found, layers = cut_layers(source, proxy)
+    tensors = {
+        f"{name}.{side}": tensor.contiguous()
+        for name, factors in found.items()
+        for side, tensor in factors._asdict().items()
+    }
+    settings = job.params["factors"] | {"sparsity": proxy.sparsity}
+    if not tensors:
+        raise ConfigError(
+            "every layer stays dense, so the proxy would be the target itself",
+            where="proxy.sparsity, proxy.rank_multiple",
+            value=(proxy.sparsity, proxy.rank_multiple),
+            fix="raise the sparsity or lower the rank multiple",
+        )
+    save_tensors(job.out / "factors.safetensors", tensors, settings)
+    write_table(job.out / "layers.parquet", layers, settings)
+    # contents only: parents are read-only, and this copy must be writable until it is finished
+    shutil.copytree(
+        source / "spectra.zarr", job.out / "spectra.zarr", copy_function=shutil.copyfile
+    )
+    return _summary(layers)
+
+
+def resolved(job: Job) -> ProxySection:
+    """How the factors are cut; a sparsity that was looked for is the one that was found."""
+    proxy = job.section(ProxySection, "factors")
+    if proxy.sparsity != "auto":
+        return proxy
+    chosen = json.loads((job.parents["sparsity"] / "chosen.json").read_text(encoding="utf-8"))
+    log.info("sparsity %g, as found", chosen["sparsity"])
+    return proxy.model_copy(update={"sparsity": chosen["sparsity"]})
+
+
+def cut_layers(source: Path, proxy: ProxySection) -> tuple[dict[str, Factors], pd.DataFrame]:
+    """Factors of every layer that is replaced, and a row for every layer.
+
+    Args:
+        source: Folder of the decomposition.
+        proxy: How the factors are cut.
+
+    Raises:
+        NumericsError: A rank exceeds the directions that were kept.
+    """
     spectra = open_store(source / "spectra.zarr")
     names = list(spectra.attrs["layers"])
-    tensors: dict[str, torch.Tensor] = {}
+    found: dict[str, Factors] = {}
     rows: list[dict[str, Any]] = []
     with (
         safe_open(source / "directions.safetensors", framework="pt") as directions,
@@ -52,24 +97,9 @@ def make(job: Job) -> Metrics:
             row, factors = _cut(name, spectra[f"singular_values/{name}"], directions, proxy)
             rows.append(row)
             if factors is not None:
-                tensors[f"{name}.left"] = factors.left.contiguous()
-                tensors[f"{name}.right"] = factors.right.contiguous()
+                found[name] = factors
             progress.advance(1)
-    layers = pd.DataFrame(rows)
-    if not tensors:
-        raise ConfigError(
-            "every layer stays dense, so the proxy would be the target itself",
-            where="proxy.sparsity, proxy.rank_multiple",
-            value=(proxy.sparsity, proxy.rank_multiple),
-            fix="raise the sparsity or lower the rank multiple",
-        )
-    save_tensors(job.out / "factors.safetensors", tensors, job.params["factors"])
-    write_table(job.out / "layers.parquet", layers, job.params["factors"])
-    # contents only: parents are read-only, and this copy must be writable until it is finished
-    shutil.copytree(
-        source / "spectra.zarr", job.out / "spectra.zarr", copy_function=shutil.copyfile
-    )
-    return _summary(layers)
+    return found, pd.DataFrame(rows)
 
 
 def _cut(
@@ -78,6 +108,7 @@ def _cut(
     """One layer's row of ``layers.parquet``, and its factors unless it is kept dense."""
     about = dict(spectrum.attrs)
     out_dim, in_dim = int(about["out"]), int(about["in"])
+    assert proxy.sparsity != "auto"
     rank = rank_for(
         out_dim, in_dim, proxy.sparsity, proxy.rank_multiple, proxy.rank_rounding, proxy.dense_rule
     )

@@ -216,8 +216,16 @@ class ProxySection(Section):
     kind: Literal["target", "ipsvd", "svd"] = Field(
         "ipsvd", description="The target itself, influence-preserving SVD, or plain truncated SVD."
     )
-    sparsity: float = Field(
-        0.5, gt=0, lt=1, description="Share of each replaced layer's parameters removed."
+    sparsity: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5,
+        description="Share of each replaced layer's parameters removed; auto: of 0.1, 0.2, ... 0.9 "
+        "the highest at which fidelity.floor is met, before alignment.",
+    )
+    max_cost: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="sparsity auto: most FLOPs of scoring, as a share of the target's.",
     )
     rank_multiple: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto",
@@ -246,6 +254,12 @@ class ProxySection(Section):
         "tracin", description="Weight errors by second moments, or by their inverses (appendix E)."
     )
     layers: LayersSection = Field(LayersSection(), description="Which layers are replaced.")
+
+    @model_validator(mode="after")
+    def _only_auto_has_a_ceiling(self) -> ProxySection:
+        if self.max_cost is not None and self.sparsity != "auto":
+            raise ValueError("max_cost needs sparsity: auto; a given sparsity has the cost it has")
+        return self
 
 
 class AlignSection(Section):
@@ -380,6 +394,13 @@ class FidelitySection(Section):
     """Comparison of a proxy's scores with the target's on the fidelity slice."""
 
     enabled: bool = Field(True, description="Measure fidelity of every proxy.")
+    floor: float | None = Field(
+        0.8,
+        gt=-1,
+        lt=1,
+        description="sparsity auto: least mean Spearman with the target; null: take the largest "
+        "proxy within proxy.max_cost.",
+    )
     top: list[Fraction] = Field(
         default=[0.05, 0.1, 0.2],
         min_length=1,
