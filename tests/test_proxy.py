@@ -129,6 +129,15 @@ def test_the_example_in_the_readme_runs(
     assert torch.equal(logits(load_proxy(tmp_path / "my-proxy")), logits(load_proxy(tmp_path)))
 
 
+def test_a_damaged_description_is_refused(tmp_path: Path) -> None:
+    saved_proxy(tmp_path)
+    for name in ("proxy.json", "config.json"):
+        (tmp_path / name).write_text("{")
+        with pytest.raises(ModelError, match=name):
+            load_model(tmp_path)
+        (tmp_path / name).unlink()
+
+
 def test_trainer_trains_the_factors(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 

@@ -188,6 +188,15 @@ def test_nothing_good_enough_is_an_error_that_says_what_was_tried(
     assert "below the floor" in message
 
 
+def test_a_proxy_that_replaces_nothing_is_no_proxy(
+    tmp_path: Path, parents: dict[str, Path]
+) -> None:
+    search = {"bootstrap": 0, "floor": 0.1, "max_cost": None, "seed": 0}
+    dense = CUT | {"rank_multiple": 1000}
+    with pytest.raises(ConfigError, match="sparsity 0.9: 1.00 of .*, replaces no layer"):
+        sparsity.make(job("sparsity", tmp_path / "out", parents, factors=dense, search=search))
+
+
 def test_subtasks_are_scored_as_the_target_was(tmp_path: Path, parents: dict[str, Path]) -> None:
     """With subtask_max a task has several columns; its score is still one."""
     target = score(tmp_path, parents, "by-subtask", "subtask_max")

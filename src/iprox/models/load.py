@@ -35,12 +35,20 @@ def is_proxy(folder: Path) -> bool:
 
 
 def _about(folder: Path) -> dict[str, Any] | None:
-    """What a proxy says of itself: in its own file, or in the config ``save_pretrained`` wrote."""
-    if (folder / PROXY_FILE).is_file():
-        return dict(json.loads((folder / PROXY_FILE).read_text(encoding="utf-8")))
-    if (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return config.get(CONFIG_KEY)
+    """What a proxy says of itself: in its own file, or in the config ``save_pretrained`` wrote.
+
+    Raises:
+        ModelError: The file is not JSON.
+    """
+    for name in (PROXY_FILE, "config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError("a model folder is damaged", where=path, value=str(error)) from None
+        return found if name == PROXY_FILE else found.get(CONFIG_KEY)
     return None
 
 
