@@ -345,3 +345,25 @@ def test_cut_queries_score_like_their_approximation_and_say_what_is_lost(
             gradient = weight_gradients(reader.model, reader.layers, batch)
             expected = inner(gradient, near)
             assert found.dots[i, 0] == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_queries_in_bfloat16_score_like_their_rounding_and_say_what_is_lost(
+    tmp_path: Path, reader: Reader, pool: Path
+) -> None:
+    parents = {"pool": pool, "query/t": make_query(tmp_path)}
+    vector = stored(parents["query/t"])
+    rounded = {name: matrix.bfloat16().to(matrix) for name, matrix in vector.items()}
+    difference = {name: matrix - rounded[name] for name, matrix in vector.items()}
+    out = tmp_path / "rounded"
+    settings = {"query_dtype": "bfloat16"}
+    features.make(job("features", out, parents, (0, 7), subset={"name": "all"}, influence=settings))
+    share = (inner(difference, difference) / inner(vector, vector)) ** 0.5
+    lost = open_store(out / "shard.zarr").attrs["query_truncation"]["t"]
+    assert lost == pytest.approx(share, rel=1e-5)
+    (out / "shard.zarr").rename(out / "shard-00000.zarr")
+    found = read_features(out)
+    for i, example_id in enumerate(found.example_id.to_pylist()):
+        gradient = weight_gradients(
+            reader.model, reader.layers, example(reader, *EXAMPLES[example_id])
+        )
+        assert found.dots[i, 0] == pytest.approx(inner(gradient, rounded), rel=1e-6, abs=1e-9)

@@ -120,6 +120,25 @@ def test_products_of_features(make: Any, n_queries: int) -> None:
         assert flops.one_pass(net, LOAD) + EXAMPLES * products == pytest.approx(cost, rel=TOLERANCE)
 
 
+def test_products_with_cut_queries() -> None:
+    scoring = model()
+    layers = scored_linears(scoring, ALL)
+    rank, n_queries = 3, 2
+
+    def thin(name: str, x: Tensor, d: Tensor) -> None:
+        out, features = layers[name].weight.shape
+        (d @ torch.randn(out, rank * n_queries) * (x @ torch.randn(features, rank * n_queries)))
+
+    net = network_of(scoring, layers)
+    cost = counted(lambda: backward_pass(scoring, layers, batch(), thin))
+    norms = flops.inner_products(net, LOAD, 0)
+    assert flops.features(net, LOAD, n_queries, query_rank=rank) == pytest.approx(
+        cost + norms, rel=TOLERANCE
+    )
+    assert flops.features(net, LOAD, 2, query_rank=10**6) == flops.features(net, LOAD, 2)
+    assert net.query_entries() == net.scored_weights > net.query_entries(rank)
+
+
 def test_a_query_gradient() -> None:
     dense = model()
     layers = block_linears(dense, ALL)

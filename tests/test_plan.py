@@ -69,6 +69,18 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["ranking", "fidelity", *AFTER_RANKING],
     ),
     "influence.val_agg": ({"influence": {"val_agg": "mean_unit"}}, AFTER_PROXY),
+    "influence.query_rank": (
+        {"influence": {"query_rank": 8}},
+        ["features", "ranking", "fidelity", *AFTER_RANKING],
+    ),
+    "influence.query_dtype": (
+        {"influence": {"query_dtype": "bfloat16"}},
+        ["features", "ranking", "fidelity", *AFTER_RANKING],
+    ),
+    "influence.on_nonfinite": (
+        {"influence": {"on_nonfinite": "skip"}},
+        ["features", "ranking", "fidelity", *AFTER_RANKING],
+    ),
     "features.kind": (
         {"features": {"kind": "logra"}},
         ["features", "ranking", "fidelity", *AFTER_RANKING],
@@ -118,6 +130,17 @@ def test_a_proxy_reads_the_align_examples_when_anything_is_trained(
     assert set(node.parents) == roles
     assert node.params["align"]["epochs"] == 0
     assert node.params["align"]["recover_epochs"] == align.get("recover_epochs", 0.0)
+
+
+def test_reduced_queries_reach_the_pass_and_are_compared_with_the_target_s_exact_ones() -> None:
+    reduced = {"on_nonfinite": "skip", "query_dtype": "bfloat16", "query_rank": 8}
+    p = plan(runs={"t": {"proxy": {"kind": "target"}}}, influence=reduced)
+    nodes = p.runs["t"].nodes
+    assert nodes["features"].params["influence"] == reduced | {"loss_reduction": "token_mean"}
+    exact = nodes["fidelity"].parents["target"].params["influence"]
+    assert (exact["query_dtype"], exact["query_rank"]) == ("float32", 0)
+    whole = plan(runs={"t": {"proxy": {"kind": "target"}}})
+    assert "fidelity" not in whole.runs["t"].nodes
 
 
 def test_every_section_of_a_run_is_covered_by_the_table_above() -> None:

@@ -20,6 +20,7 @@ from iprox.store.job import Job, Metrics
 from iprox.store.manifest import check, list_files, read_manifest
 from iprox.store.runner import Request, _joined, gather, run_stage
 from iprox.store.tables import write_table
+from iprox.study.schema import InfluenceSection
 
 
 class Stage:
@@ -48,6 +49,16 @@ def request(tmp_path: Path, name: str = "x", code: str = "c0", **changes: Any) -
         data_dir=tmp_path,
     )
     return Request(**(base | changes))
+
+
+def test_a_key_that_the_plan_forgot_cannot_be_read(tmp_path: Path) -> None:
+    def stage(job: Job) -> Metrics:
+        section = job.section(InfluenceSection, "influence")
+        (job.out / "rank.txt").write_text(str(section.query_rank))
+        return {"read": section.on_nonfinite}
+
+    with pytest.raises(AttributeError, match="on_nonfinite"):
+        run_stage(stage, request(tmp_path, params={"influence": {"query_rank": 3}}))
 
 
 def test_equal_work_is_done_once(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def token_losses(model: Any, states: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         model: A causal LM; its head is a linear layer, soft-capped where its config says so.
-        states: Last hidden states, (tokens, hidden).
+        states: Last hidden states, (tokens, hidden), in the head's precision or a higher one.
         targets: Next tokens, (tokens,).
 
     Returns:
@@ -82,7 +82,7 @@ def _slice(
     by_logits.scatter_add_(1, targets[:, None], -torch.ones_like(losses)[:, None])
     if slope is not None:
         by_logits *= slope
-    torch.mm(by_logits.to(weight.dtype), weight, out=gradients)
+    gradients.copy_(by_logits.to(weight.dtype) @ weight)
     return losses
 
 
@@ -91,10 +91,10 @@ def _logits(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     In bfloat16 a logit of 20 is one of 8 per unit: rounding it changes probabilities by 6 %.
     """
-    if states.dtype in (torch.float32, torch.float64):
+    if weight.dtype in (torch.float32, torch.float64):
         return F.linear(states, weight, bias)
     if states.device.type == "cuda":
-        logits = torch.mm(states, weight.mT, out_dtype=torch.float32)
+        logits = torch.mm(states.to(weight.dtype), weight.mT, out_dtype=torch.float32)
     else:
         logits = states.new_empty(len(states), len(weight), dtype=torch.float32)
         parts = zip(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iprox.engine.loss import IGNORE, Batch
+from iprox.engine.residual import wide_residuals
 from iprox.errors import ModelError
 from iprox.numerics import matmul
 from iprox.numerics.ghost import widen
@@ -62,9 +63,12 @@ def pack(batch: Batch) -> Packed:
 
 
 def packed_states(model: Any, packed: Packed) -> Tensor:
-    """Last hidden states (tokens, hidden) of a causal LM, without its head."""
+    """Last hidden states (tokens, hidden) of a causal LM, without its head.
+
+    Those of a bfloat16 model are in float32, see :mod:`iprox.engine.residual`.
+    """
     ids, positions = packed.input_ids[None], packed.positions[None]
-    with _packed_attention(model) as own:
+    with _packed_attention(model) as own, wide_residuals(model):
         segments = {"segments": packed.lengths} if own else {}
         output = model.base_model(
             input_ids=ids, position_ids=positions, use_cache=False, **segments
@@ -159,9 +163,10 @@ def _attend(
     heads, tokens = key.shape[1], query.shape[2]
     groups = query.shape[1] // heads
     inside = window is None or tokens <= window
-    if inside and cap is None and not _products_are_faster(query):
+    if inside and cap is None and not _products_are_faster(value):
+        q, k = query.to(value.dtype), key.to(value.dtype)  # rotated in float32
         return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=groups > 1
+            q, k, value, is_causal=True, scale=scale, enable_gqa=groups > 1
         )
     # In at least float32, as fused kernels do: logits rounded to bfloat16 shift the weights. The
     # query heads of one key head are one matrix: (key heads, groups * tokens, width).
@@ -176,16 +181,16 @@ def _attend(
     return attended.unflatten(1, (groups, tokens)).flatten(0, 1)[None]
 
 
-def _products_are_faster(query: Tensor) -> bool:
+def _products_are_faster(value: Tensor) -> bool:
     """Whether plain products beat the fused kernel, as measured on CPUs.
 
     They do in bfloat16 (2 to 4 times), and up to some hundred tokens in float32 when products
     come from oneDNN (2 to 5 times).
     """
-    if query.device.type != "cpu" or query.shape[2] > LONGEST_BY_PRODUCTS:
+    if value.device.type != "cpu" or value.shape[2] > LONGEST_BY_PRODUCTS:
         return False
-    return query.dtype == torch.bfloat16 or (
-        query.dtype == torch.float32 and matmul.is_from_onednn()
+    return value.dtype == torch.bfloat16 or (
+        value.dtype == torch.float32 and matmul.is_from_onednn()
     )
 
 

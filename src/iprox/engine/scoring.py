@@ -90,12 +90,14 @@ class Scorer:
             only the norms are wanted.
         reduction: Loss of an example: ``token_mean`` or ``token_sum``.
         query_rank: Replace the query gradient of each layer by its best approximation of this
-            rank; 0: score exactly. What is lost is in :attr:`truncation`.
+            rank; 0: keep it whole. What is lost is in :attr:`truncation`.
+        query_dtype: Precision in which whole query gradients are held; sums stay in float32.
         skip_nonfinite: Go on after an example whose loss or gradient is not finite, and list it
             in :attr:`Scores.unusable`, instead of raising.
 
     Attributes:
-        truncation: Share of each query gradient's norm that ``query_rank`` leaves out, (queries,).
+        truncation: Share of each query gradient's norm that ``query_rank`` and ``query_dtype``
+            leave out, (queries,).
 
     Raises:
         ModelError: The queries are not of these layers or not of their shapes.
@@ -109,6 +111,7 @@ class Scorer:
         reduction: str = "token_mean",
         *,
         query_rank: int = 0,
+        query_dtype: torch.dtype | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
         self.model, self.layers, self.reduction = model, layers, reduction
@@ -118,7 +121,6 @@ class Scorer:
         lost, total = torch.zeros(2, 1, dtype=torch.float64)
         for name, matrices in _fitted(layers, queries):  # one layer's in full at a time
             self.n_queries = len(matrices)
-            self.queries[name] = matrices
             total = total + matrices.double().square().sum((1, 2)).cpu()
             if query_rank and len(matrices) and min(matrices.shape[1:]) > query_rank:
                 thin, missing = truncate_queries(matrices, query_rank)
@@ -126,7 +128,11 @@ class Scorer:
                 self.queries[name] = thin._replace(
                     left=thin.left.to(dtype), right=thin.right.to(dtype)
                 )
-                lost = lost + missing.cpu()
+            else:
+                rounded = matrices.to(query_dtype or matrices.dtype)
+                self.queries[name] = rounded
+                missing = (matrices - rounded).double().square().sum((1, 2))
+            lost = lost + missing.cpu()
         self.truncation = (lost / total.clamp(min=1e-300)).sqrt().expand(self.n_queries)
 
     def score(self, batch: Batch, example_ids: Sequence[str] | None = None) -> Scores:

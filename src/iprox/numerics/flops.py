@@ -49,6 +49,14 @@ class Linear(NamedTuple):
         """Entries of the matrix."""
         return self.out_dim * self.in_dim
 
+    def is_cut_to(self, rank: int) -> bool:
+        """Whether a matrix of this shape is cut to ``rank``; 0 stands for no cut."""
+        return 0 < rank < min(self.out_dim, self.in_dim)
+
+    def query_entries(self, rank: int) -> int:
+        """Numbers that hold a matrix of this shape, cut to ``rank``."""
+        return rank * (self.out_dim + self.in_dim) if self.is_cut_to(rank) else self.weights
+
 
 @dataclass(frozen=True)
 class Network:
@@ -96,6 +104,11 @@ class Network:
     def scored_weights(self) -> int:
         """Length of an example's gradient."""
         return self.weights(lambda linear: linear.scored)
+
+    def query_entries(self, rank: int = 0) -> int:
+        """Numbers that hold a query gradient whose layers are cut to ``rank``; 0: not cut."""
+        scored = ((linear, n) for linear, n in self.linears.items() if linear.scored)
+        return sum(n * linear.query_entries(rank) for linear, n in scored)
 
     @property
     def factor_weights(self) -> int:
@@ -184,18 +197,26 @@ def one_pass(net: Network, load: Load, logits: float | None = None) -> float:
     return forward(net, load, logits) + input_backward(net, load, logits)
 
 
-def inner_products(net: Network, load: Load, n_queries: int) -> float:
+def inner_products(net: Network, load: Load, n_queries: int, rank: int = 0) -> float:
     """Inner products of every example's gradient with ``n_queries`` matrices, and its norm.
 
     Of each layer and length the cheaper way is counted: with D (tokens, out) and X (tokens, in),
-    ``sum(D * (X V^T))`` per matrix V and ``sum(D D^T * X X^T)``, or forming ``D^T X``.
+    ``sum(D * (X V^T))`` per matrix V and ``sum(D D^T * X X^T)``, or forming ``D^T X``. Matrices
+    of a low rank, ``V = L R``, always take ``sum((D L) * (X R^T))``.
     """
     return sum(
-        n * layers * min(_ghost(linear, length, n_queries), _formed(linear, length, n_queries))
+        n * layers * _products(linear, length, n_queries, rank)
         for length, n in load.lengths.items()
         for linear, layers in net.linears.items()
         if linear.scored
     )
+
+
+def _products(linear: Linear, tokens: int, n_queries: int, rank: int) -> float:
+    if linear.is_cut_to(rank):
+        thin = 2 * n_queries * tokens * rank * (linear.out_dim + linear.in_dim)
+        return thin + _products(linear, tokens, 0, 0)
+    return min(_ghost(linear, tokens, n_queries), _formed(linear, tokens, n_queries))
 
 
 def _ghost(linear: Linear, tokens: int, n_queries: int) -> float:
@@ -233,9 +254,11 @@ def query(net: Network, load: Load, unit: bool = False) -> float:
     return mean + features(net, load, 0) if unit else mean
 
 
-def features(net: Network, load: Load, n_queries: int, passes: int = 1) -> float:
+def features(
+    net: Network, load: Load, n_queries: int, passes: int = 1, query_rank: int = 0
+) -> float:
     """Inner products and norms of pool examples; each pass takes an equal share of the queries."""
-    each = inner_products(net, load, -(-n_queries // passes))
+    each = inner_products(net, load, -(-n_queries // passes), query_rank)
     return passes * (one_pass(net, load) + each)
 
 

@@ -143,7 +143,7 @@ def fixed_dot(d: Tensor, x: Tensor, matrices: Tensor, rows: Sequence[int]) -> Te
     d, x = widen(d), widen(x)
     if not len(matrices):
         return d.new_zeros((len(rows), 0))
-    per_token = torch.stack([(d * (x @ v.mT)).sum(-1) for v in matrices], dim=-1)
+    per_token = torch.stack([(d * (x @ v.to(x.dtype).mT)).sum(-1) for v in matrices], dim=-1)
     return example_sums(per_token, rows)
 
 
@@ -213,7 +213,7 @@ def materialised_products(
     for top in range(0, out, height):
         size = (min(top + height, out) - top) * features
         part = scratch[:size]
-        queries = matrices[:, top : top + height].flatten(1)
+        queries = matrices[:, top : top + height].flatten(1).to(wide)
         for i, (d_rows, x_rows) in enumerate(examples):
             product = part if narrow is None else narrow[:size]
             torch.mm(d_rows[:, top : top + height].mT, x_rows, out=product.view(-1, features))

@@ -387,9 +387,12 @@ class Estimator:
             texts = texts._replace(n=_share(size, texts.n))
         n_queries = sum(map(self.volumes.groups, _queries_of(node)))
         element = BYTES[node.params["compute"]["dtype"]]
+        reduction = {"query_rank": 0, "query_dtype": "float32"} | node.params["influence"]
+        rank, held = reduction["query_rank"], BYTES[reduction["query_dtype"]]
+        matrices = held * n_queries * net.query_entries(rank)
         return Need(
-            flops=flops.features(net, _load(texts), n_queries),
-            memory=self._pass_memory(net, texts, element) + 4 * n_queries * net.scored_weights,
+            flops=flops.features(net, _load(texts), n_queries, query_rank=rank),
+            memory=self._pass_memory(net, texts, element) + matrices,
             disk=texts.n * (8 * n_queries + 60)
             + self._layer_dots(node, texts.n * n_queries)
             + SHARD_BYTES * node.shards,
@@ -408,7 +411,8 @@ class Estimator:
         queries = [self.volumes.queries(node, task) for task in tasks]
         groups = sum(self.volumes.groups(query) for query in _queries_of(target))
         unit = node.params["influence"]["val_agg"] == "mean_unit"
-        each = flops.features(net, _load(texts), groups)
+        rank = node.params["influence"]["query_rank"]
+        each = flops.features(net, _load(texts), groups, query_rank=rank)
         each += sum(flops.query(net, _load(of_task), unit) for of_task in queries)
         element = BYTES[node.params["compute"]["dtype"]]
         tokens = texts.n * texts.tokens + sum(q.n * q.tokens for q in queries)

@@ -24,6 +24,12 @@ ID_DIGITS = 10
 CUT = {"sparsity", "rank_multiple", "rank_rounding", "dense_rule", "gauge"}
 """Keys of the section ``proxy`` that decide how factors are cut from directions."""
 
+QUERY_KEYS = {"loss_reduction", "val_agg", "estimator"}
+"""Keys of the section ``influence`` that query gradients depend on."""
+
+EXACT = {"query_dtype": "float32", "query_rank": 0}
+"""Values of the keys of ``influence`` that reduce query gradients, by which nothing is lost."""
+
 SKETCH_SIZES = {
     "countsketch": ("dim",),
     "logra": ("rank",),
@@ -337,7 +343,8 @@ class _RunPlanner:
         parents |= {
             f"task/{task.name}": self.plan.shared[f"task-{task.name}"] for task in self.tasks
         }
-        return self.plan.add("sparsity", f"{proxy.kind}-{floor or proxy.max_cost}", params, parents)
+        enough = proxy.max_cost if floor is None else floor
+        return self.plan.add("sparsity", f"{proxy.kind}-{enough}", params, parents)
 
     def _probe_params(self) -> dict[str, Any]:
         """The probe's parameters; the paper's rule for N needs what the ranks depend on."""
@@ -359,7 +366,7 @@ class _RunPlanner:
         params = {
             "chat": self.chat,
             "compute": self.compute,
-            "influence": self.config.influence.model_dump(exclude={"score"}),
+            "influence": self.config.influence.model_dump(include=QUERY_KEYS),
             "layers": self.config.proxy.layers.model_dump(),
         }
         return {
@@ -387,7 +394,9 @@ class _RunPlanner:
         parents |= {} if sketch else self.queries(model)
         if subset != "all":
             parents["split"] = self.split(subset)
-        influence = {"loss_reduction": self.config.influence.loss_reduction}
+        influence = self.config.influence.model_dump(include={"loss_reduction", "on_nonfinite"})
+        if not sketch:
+            influence |= EXACT if exact else self._reduction()
         params: dict[str, Any] = {
             "chat": self.chat,
             "compute": self.compute,
@@ -400,6 +409,14 @@ class _RunPlanner:
         shards = self.plan.study.config.shards if subset == "all" else 1
         parts = [_label(model), sketch.get("kind"), None if subset == "all" else subset]
         return self.plan.add("features", "-".join(filter(None, parts)), params, parents, shards)
+
+    def _reduction(self) -> dict[str, Any]:
+        """How far query gradients are reduced before examples are scored against them."""
+        return self.config.influence.model_dump(include=set(EXACT))
+
+    def _is_exact(self) -> bool:
+        """Whether scores are those of the scoring model's whole gradients."""
+        return not self.sketch() and self._reduction() == EXACT
 
     def sketch(self) -> dict[str, Any]:
         """Settings of the run's sketch, those that its kind uses; empty for exact features."""
@@ -416,7 +433,7 @@ class _RunPlanner:
         if not self.config.fidelity.enabled:
             return {}
         subset = "all" if self._slice_is_pool() else "fidelity"
-        if self.config.proxy.kind == "target" and not self.sketch():
+        if self.config.proxy.kind == "target" and self._is_exact():
             return {}
         params: dict[str, Any] = {
             "fidelity": self.config.fidelity.model_dump(exclude={"floor"}),

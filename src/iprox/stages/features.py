@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from iprox.engine.scoring import Scorer
+from iprox.models.device import dtype_of
 from iprox.models.flops import load_of, network_of
 from iprox.models.layers import replaced_layer
 from iprox.numerics import flops
@@ -71,14 +72,16 @@ def make(job: Job) -> Metrics:
     scored = score_texts(reader, queries, texts, influence, keep_layers=fits)
     features = scored.features
     network, load = network_of(reader.model, reader.layers), load_of(texts.encoded)
+    n_queries = len(queries.columns)
     store = create_store(
         job.out / "shard.zarr",
         {
             **model_sizes(reader),
-            "flops": flops.features(network, load, len(queries.columns)),
+            "flops": flops.features(network, load, n_queries, query_rank=influence.query_rank),
             "kernels": scored.kernels,
             "loss_reduction": influence.loss_reduction,
             "queries": queries.about(),
+            "query_dtype": influence.query_dtype,
             "query_rank": influence.query_rank,
             "query_truncation": dict(zip(queries.columns, scored.truncation, strict=True)),
             "skipped": scored.skipped,
@@ -97,7 +100,7 @@ def make(job: Job) -> Metrics:
         **texts.counts(),
         "passes": scored.n_passes,
         "skipped": len(scored.skipped),
-        "flops": flops.features(network, load, len(queries.columns), scored.n_passes),
+        "flops": flops.features(network, load, n_queries, scored.n_passes, influence.query_rank),
     }
 
 
@@ -126,7 +129,8 @@ class Scored:
         layer_dots: Inner products by layer of the dense model, the two factors of a layer added
             up, (examples, columns, layers) float32; None when they are not wanted.
         kernels: Which kernel layers of each shape used, and why.
-        truncation: Share of each column's query norm that ``query_rank`` left out.
+        truncation: Share of each column's query norm that ``query_rank`` and ``query_dtype``
+            left out.
         n_passes: How many times the examples were passed through the model.
         skipped: Example -> where a number of it was not finite.
     """
@@ -164,7 +168,7 @@ def score_texts(
         query_norms=queries.norms,
     )
     scorable = np.flatnonzero(supervised)
-    blocks = list(_column_blocks(reader, len(queries.columns), influence.query_rank))
+    blocks = list(_column_blocks(reader, len(queries.columns), influence))
     scored = Scored(features)
     if keep_layers:
         n_layers = len(layer_groups(reader.layers)[0])
@@ -177,6 +181,7 @@ def score_texts(
                 _Columns(reader, queries, block),
                 influence.loss_reduction,
                 query_rank=influence.query_rank,
+                query_dtype=dtype_of(influence.query_dtype),
                 skip_nonfinite=influence.on_nonfinite == "skip",
             )
             _fill(scored, scorer, reader, texts, scorable, block, progress)
@@ -245,13 +250,15 @@ class _Columns(Mapping[str, Tensor]):
         return len(self.reader.layers)
 
 
-def _column_blocks(reader: Reader, n_columns: int, query_rank: int) -> Iterator[range]:
+def _column_blocks(reader: Reader, n_columns: int, influence: InfluenceSection) -> Iterator[range]:
     """Columns in blocks whose query gradients fit in half of the free memory."""
-    column_bytes = 0
+    column_bytes, rank = 0, influence.query_rank
     for layer in reader.layers.values():
         out, features = layer.weight.shape
-        thin = 0 < query_rank < min(out, features)
-        column_bytes += 4 * (query_rank * (out + features) if thin else out * features)
+        if 0 < rank < min(out, features):
+            column_bytes += layer.weight.element_size() * rank * (out + features)
+        else:
+            column_bytes += dtype_of(influence.query_dtype).itemsize * out * features
     size = max(1, free_bytes(reader.device) // 2 // column_bytes)
     for start in range(0, n_columns, size):
         yield range(start, min(start + size, n_columns))

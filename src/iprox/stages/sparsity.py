@@ -193,7 +193,7 @@ class Bench:
         cut = section.model_copy(update={"sparsity": sparsity})
         factors, _ = cut_layers(self.job.parents["decomposition"], cut)
         proxy = self._reader(factors)
-        cost = self._operations(proxy) / self._operations(self.reader)
+        cost = self._operations(proxy, self.influence.query_rank) / self._operations(self.reader)
         sizes = [model_sizes(reader)["parameters"] for reader in (proxy, self.reader)]
         about = {
             "sparsity": sparsity,
@@ -216,10 +216,10 @@ class Bench:
         layers = scored_linears(model, self.job.section(LayersSection, "layers"))
         return self.reader._replace(model=model, layers=layers)
 
-    def _operations(self, reader: Reader) -> float:
+    def _operations(self, reader: Reader, query_rank: int = 0) -> float:
         """FLOPs of scoring the slice once."""
-        network = network_of(reader.model, reader.layers)
-        return flops.features(network, load_of(self.slice.encoded), len(self.target.columns))
+        network, load = network_of(reader.model, reader.layers), load_of(self.slice.encoded)
+        return flops.features(network, load, len(self.target.columns), query_rank=query_rank)
 
     def _fidelity(self, proxy: Reader) -> tuple[float, float | None, float | None]:
         """Mean Spearman over tasks with the target's scores, and its 95 % interval.
@@ -232,7 +232,7 @@ class Bench:
         scored = score_texts(proxy, queries, self.slice, self.influence).features
         pairs, _ = score_pairs(scored, self.target, self.influence.score)
         network, unit = network_of(proxy.model, proxy.layers), self.influence.val_agg == "mean_unit"
-        self.flops += self._operations(proxy)
+        self.flops += self._operations(proxy, self.influence.query_rank)
         self.flops += sum(
             flops.query(network, load_of(texts.encoded), unit) for texts in self.queries.values()
         )

@@ -27,6 +27,8 @@ class Job:
         rows: Features shards only: first and one-past-last row of the pool.
         data_dir: Folder that paths in the study are relative to.
         cache_dir: Folder for downloaded packages.
+        strict: Whether a key that ``params`` lacks cannot be read, as in the workflow, where it
+            would be a key that the plan forgot; otherwise its default is taken.
     """
 
     stage: str
@@ -36,10 +38,19 @@ class Job:
     rows: tuple[int, int] | None = None
     data_dir: Path = field(default_factory=Path)
     cache_dir: Path = field(default_factory=lambda: Path("results/.cache"))
+    strict: bool = False
 
     def section(self, cls: type[SectionT], name: str) -> SectionT:
-        """The parameters of one section as its typed object."""
-        return cls.model_validate(self.params[name])
+        """The parameters of one section as its typed object.
+
+        Raises:
+            AttributeError: Later, when a key is read that a strict job's ``params`` lack.
+        """
+        section = cls.model_validate(self.params[name])
+        if self.strict:
+            for key in cls.model_fields.keys() - section.model_fields_set:
+                del section.__dict__[key]
+        return section
 
     def roles(self, prefix: str) -> dict[str, Path]:
         """Parents whose role starts with ``prefix/``, by the rest of it: one per task, say."""

@@ -161,6 +161,7 @@ def _make(make: Make, request: Request, rows: tuple[int, int] | None, kept: Path
             rows=rows,
             data_dir=request.data_dir,
             cache_dir=request.store.parent / ".cache",
+            strict=True,
         )
         _watch_device_memory()
         start = time.monotonic()

@@ -343,6 +343,11 @@ class InfluenceSection(Section):
         "faster and takes less memory; the share of their norm that is lost is stored beside the "
         "scores. 0: exact.",
     )
+    query_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Precision in which query gradients are held while examples are scored: "
+        "bfloat16 takes half the memory; what rounding loses is stored beside the scores.",
+    )
     on_nonfinite: Literal["error", "skip"] = Field(
         "error",
         description="An example whose loss or gradient is not finite stops the job, or is left "
