@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +297,14 @@ def test_layers_of_one_model_only_are_counted(tmp_path: Path, parents: dict[str,
     _, layers, metrics = make(tmp_path, parents | {"proxy": other})
     assert set(layers.index.get_level_values("layer")) == {"second"}
     assert (metrics["layers"], metrics["unmatched_layers"]) == (1, 3)
+
+
+def test_without_products_by_layer_the_table_is_empty(
+    tmp_path: Path, parents: dict[str, Path]
+) -> None:
+    """As for sketches."""
+    shutil.rmtree(parents["proxy"] / "shard-00000.zarr" / "layer_dots")
+    table, layers, metrics = make(tmp_path, parents)
+    assert len(layers) == metrics["layers"] == 0
+    assert list(layers.columns) == ["spearman", "cosine", "share", "n"]
+    assert table.loc[("mean", "spearman"), "value"] == metrics["spearman"]
