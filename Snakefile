@@ -3,13 +3,15 @@
 The order of a study, a rule each; every arrow is a file:
 
     pool, task, target ─> split ─> warmup ─> probe ─> decomposition ─> factors ─> proxy
+    (`sparsity: auto` puts a stage sparsity before factors, which tries proxies)
       ─> query ─> features (shards) ─> ranking ─> selection ─> finetune ─> evaluation ─> report
                                      └> fidelity (proxy against target)
 
 A proxy of whole blocks is made by extraction alone, in place of probe to proxy; another model has a
 target and a warmup of its own.
 
-Run `snakemake` for everything, or one of: rankings, fidelities, selections, report.
+Run `snakemake` for everything, or one of: rankings, fidelities, selections, report; and, apart
+from any study, f3: what IPSVD keeps of a small network's influence, beside plain SVD.
 """
 
 from snakemake.utils import min_version
@@ -27,10 +29,12 @@ include: "workflow/rules/inputs.smk"
 include: "workflow/rules/proxy.smk"
 include: "workflow/rules/influence.smk"
 include: "workflow/rules/outcome.smk"
+include: "workflow/rules/papers.smk"
 
 
 localrules:
     all,
+    f3,
     rankings,
     fidelities,
     selections,

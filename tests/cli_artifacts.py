@@ -144,6 +144,17 @@ def write_extraction(folder: Path) -> None:
     write_table(folder / "blocks.parquet", pd.DataFrame(blocks))
 
 
+def write_search(folder: Path) -> None:
+    row = {"sparsity": 0.5, "flops_ratio": 0.625, "verdict": "met", "spearman": 0.8125}
+    write_table(folder / "tried.parquet", pd.DataFrame([row | {"chosen": True}]))
+    (folder / "chosen.json").write_text(json.dumps(row | {"floor": 0.75}))
+
+
+def write_synthetic(folder: Path) -> None:
+    row = {"kind": "ipsvd", "sparsity": 0.5, "metric": "influence_retention", "mean": 0.5625}
+    write_table(folder / "retention.parquet", pd.DataFrame([row]))
+
+
 def write_split(folder: Path) -> None:
     table = pd.DataFrame({"example_id": ["e0", "e1"], "split": "probe", "position": [0, 1]})
     write_table(folder / "split.parquet", table)
@@ -254,8 +265,12 @@ def fidelity_writer(value: float) -> Callable[[Path], None]:
             "high": value + 0.1,
             "n": 4,
         }
-        table = pd.DataFrame([{"task": task} | row for task in ("mmlu", "mean")])
-        write_table(folder / "fidelity.parquet", table)
+        others = {"above_length": 0.375, "flops_ratio": 0.625}
+        rows = [{"task": task} | row for task in ("mmlu", "mean")]
+        rows += [row | {"task": "mean", "metric": m, "value": v} for m, v in others.items()]
+        write_table(folder / "fidelity.parquet", pd.DataFrame(rows))
+        layer = {"layer": LAYER, "task": "mean", "spearman": 0.8125, "share": 1.0, "n": 4}
+        write_table(folder / "layers.parquet", pd.DataFrame([layer]))
 
     return write
 
@@ -311,6 +326,7 @@ def every_stage(results: Results) -> dict[str, Node]:
         write_decomposition,
     )
     made = {"decomposition": nodes["decomposition"]}
+    nodes["sparsity"] = add("sparsity", "f", {"search": {"floor": 0.8}}, made, write_search)
     nodes["factors"] = add("factors", "f", {"factors": {"sparsity": 0.5}}, made, write_factors)
     nodes["proxy"] = add("proxy", "f", {"align": {}}, {"factors": nodes["factors"]}, write_proxy)
     cut = {"extraction": {"kind": "layers", "sparsity": 0.5}}
@@ -325,6 +341,7 @@ def every_stage(results: Results) -> dict[str, Node]:
     writer = ranking_writer([0.1, 0.4, -np.inf, 0.3])
     nodes["ranking"] = add("ranking", "f", {"influence": {"score": "cosine"}}, scored, writer)
     nodes["fidelity"] = add("fidelity", "f", {"fidelity": {}}, scored, fidelity_writer(0.75))
+    nodes["synthetic"] = add("synthetic", "f3", {"synthetic": {}}, None, write_synthetic)
     ranked = pool | {"ranking": nodes["ranking"]}
     nodes["selection"] = add(
         "selection", "f", {"select": {"fraction": 0.25}}, ranked, write_selection

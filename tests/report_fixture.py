@@ -60,7 +60,13 @@ class Fixture:
         self.parents: dict[str, Path] = {}
         self._shared()
         self.warmup = self.stage("warmup", "warmup", lambda f: write_log(f, 7), 55.0)
-        del self.parents["warmup"]
+        self.target_pass = self.stage(
+            "target-features",
+            "features",
+            lambda f: (f / "shard.json").write_text("{}"),
+            metrics={"tokens_per_s": 200.0},
+        )
+        del self.parents["warmup"], self.parents["target-features"]
         for run in runs:
             self._run(run)
 
@@ -173,7 +179,12 @@ class Fixture:
             lambda f: (f / "shard.json").write_text("{}"),
             SECONDS[run],
             params={"subset": {"name": subset}},
-            metrics={"examples": n, "tokens": 210 * n, "flops": 1.7e11 * n},
+            metrics={
+                "examples": n,
+                "tokens": 210 * n,
+                "flops": 1.7e11 * n,
+                "tokens_per_s": 12_000 / SECONDS[run],
+            },
         )
         self.parents[f"{run}/warmup"] = self.warmup
         if run == "full":
@@ -182,11 +193,16 @@ class Fixture:
             f"{run}/factors", "factors", lambda f: write_layers(f, 0.3 if "0.3" in run else 0.5)
         )
         self.stage(f"{run}/proxy", "proxy", lambda f: write_alignment(f, seed), 21.0)
+        noise = NOISE.get(run, 1.0)
         self.stage(
             f"{run}/fidelity",
             "fidelity",
-            lambda f: write_fidelity(f, self.tasks, NOISE.get(run, 1.0)),
+            lambda f: (
+                write_fidelity(f, self.tasks, noise),
+                write_layer_fidelity(f, self.tasks, noise),
+            ),
         )
+        self.parents[f"{run}/target-features"] = self.target_pass
 
     def _ranking(self, run: str, seed: int) -> pd.DataFrame:
         parts = []
@@ -257,9 +273,29 @@ def write_fidelity(folder: Path, tasks: Sequence[str], noise: float) -> None:
         ):
             middle = value + shift
             rows.append([task, metric, middle, middle - 0.06, middle + 0.04, 256])
+        guess = 0.3 - 0.01 * i
+        rows.append([task, "length_spearman", guess, guess - 0.1, guess + 0.1, 256])
+        above = value - guess
+        rows.append([task, "above_length", above, above - 0.12, above + 0.11, 256])
     rows.append(["mean", "loss_retention", 0.62, 0.6, 0.65, 256])
+    sizes = {"parameters_ratio": 0.7, "scored_parameters_ratio": 0.5}
+    for metric, ratio in (sizes | {"flops_ratio": 0.5 + 0.1 / (1 + noise)}).items():
+        rows.append(["mean", metric, ratio, np.nan, np.nan, 256])
     columns = ["task", "metric", "value", "low", "high", "n"]
     write_table(folder / "fidelity.parquet", pd.DataFrame(rows, columns=columns))
+
+
+def write_layer_fidelity(folder: Path, tasks: Sequence[str], noise: float) -> None:
+    """``layers.parquet`` of a fidelity artifact: deeper layers lose more; one is undefined."""
+    rows = []
+    for block in range(12):
+        for kind in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj"):
+            value = np.cos(0.25 * block * noise) if (block, kind) != (0, "mlp.down_proj") else None
+            layer = f"model.layers.{block}.{kind}"
+            rows += [[layer, task, value, value, 1 / 48, 256] for task in [*tasks, "mean"]]
+    columns = ["layer", "task", "spearman", "cosine", "share", "n"]
+    table = pd.DataFrame(rows, columns=columns).astype({"spearman": float, "cosine": float})
+    write_table(folder / "layers.parquet", table)
 
 
 def write_log(folder: Path, seed: int) -> None:

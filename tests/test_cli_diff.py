@@ -186,6 +186,7 @@ def test_runs_lists_what_differs_and_headline_metrics(
     a, b = json.loads(result.stdout)["runs of demo"]
     assert (a["run"], b["run"]) == ("a", "b")
     assert (a["fidelity"], b["fidelity"]) == (0.75, 0.5)
+    assert (a["above lengths"], a["FLOPs ratio"]) == (0.375, 0.625)
     assert (a["mmlu loss"], b["mmlu loss"]) == (2.0, 1.5)
     assert (a["influence.score"], b["influence.score"]) == ("cosine", "dot")
     assert not {"x", "settings", "stages", "changed"} & set(a)

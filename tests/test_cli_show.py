@@ -16,7 +16,9 @@ from iprox.cli.artifact import STAGES
 from iprox.cli.main import app
 from iprox.cli.render import human_flops, human_memory, inert, plain, shown
 from iprox.cli.show import cost_line
+from iprox.cli.views import measured_time_ratio
 from iprox.plan.plan import Node
+from iprox.store.manifest import PROVENANCE, SPEC
 from iprox.store.tables import write_table
 
 MADE = sorted(set(STAGES) - {"curvature"})
@@ -52,10 +54,12 @@ EXPECTED = {
     "query": ("(1, 2, 2)", "5", "mean_raw"),
     "features": ("cheaper", "materialise_from", "shard-00001.zarr"),
     "ranking": ("mmlu: first", "mmlu: last", "without a score", "gradient"),
-    "fidelity": ("spearman", "0.75"),
+    "fidelity": ("spearman", "0.75", "above lengths", "0.625", "up_proj", "0.8125"),
     "selection": ("top 1 of 4", "examples per task"),
     "finetune": ("1.25",),
     "evaluation": ("loss", "mean loss"),
+    "sparsity": ("0.8125", "0.625", "met", "floor", "0.75"),
+    "synthetic": ("influence_retention", "0.5625"),
     "report": ("index.html", "runs.csv"),
 }
 
@@ -112,6 +116,20 @@ def test_numbers_are_those_of_the_files(made: tuple[Results, dict[str, Node]]) -
     query = as_json("show", results.folder(nodes["query"]))
     assert query["layers"][0]["norm"] == 5.0
     assert as_json("show", results.folder(nodes["target"]))["model"]["parameters"] == 24
+
+
+def test_measured_time_is_that_of_both_passes(tmp_path: Path) -> None:
+    """From the provenance of the parents, tokens per second; unknown when one is not there."""
+    folder = tmp_path / "fidelity" / "f"
+    folder.mkdir(parents=True)
+    parents = {role: {"stage": "features", "id": role} for role in ("proxy", "target")}
+    (folder / SPEC).write_text(json.dumps({"parents": parents}))
+    for role, rate in (("proxy", 50.0), ("target", 20.0)):
+        assert measured_time_ratio(folder) is None
+        made = tmp_path / "features" / role
+        made.mkdir(parents=True)
+        (made / PROVENANCE).write_text(json.dumps({"metrics": {"tokens_per_s": rate}}))
+    assert measured_time_ratio(folder) == 0.4
 
 
 def test_errors_of_sketches_are_shown(made: tuple[Results, dict[str, Node]]) -> None:

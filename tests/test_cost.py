@@ -93,7 +93,8 @@ def test_scoring_by_hand() -> None:
             products += min(by_rows, formed)
     assert need.flops == passes + 2 * 100 * products
     assert need.tokens == 1000
-    assert need.disk == 100 * (8 + 60) + 4 * 6500  # four shards
+    by_layer = 4 * 100 * 7  # float32, of the seven layers of its one block
+    assert need.disk == 100 * (8 + 60) + by_layer + 4 * 6500  # four shards
 
 
 def test_training_by_hand() -> None:
@@ -118,6 +119,26 @@ def test_a_query_stores_a_gradient_per_group_and_linear() -> None:
     net = estimator.network(thin.parents["model"], thin.params["layers"])
     assert estimator.need(thin).disk == 4 * net.factor_weights < 4 * LINEARS
     assert estimator.need(thin).flops < estimator.need(dense).flops
+
+
+def test_a_search_scores_the_slice_with_up_to_four_proxies() -> None:
+    runs = {"auto": {"proxy": {"sparsity": "auto"}, "until": "fidelity"}}
+    plan = planned(runs=runs)
+    estimator = Estimator(ARCH, volumes())
+    search, factors = node(plan, "sparsity"), node(plan, "factors")
+    thin = next(
+        n for n in plan.nodes.values() if n.stage == "query" and n.parents["model"].stage == "proxy"
+    )
+    scored = next(
+        n
+        for n in plan.nodes.values()
+        if n.stage == "features" and n.parents["model"].stage == "proxy"
+    )
+    each = estimator.need(thin).flops + estimator.need(scored).flops
+    assert estimator.need(search).flops == pytest.approx(4 * each)
+    # what is not known yet is counted as half
+    fixed = node(planned(runs={"iprox": {"proxy": {"sparsity": 0.5}}}), "factors")
+    assert estimator.need(factors) == estimator.need(fixed)
 
 
 def test_needs_grow_with_the_pool_where_they_must() -> None:

@@ -27,10 +27,13 @@ from iprox.data.chat import encode
 from iprox.engine import scoring
 from iprox.engine.loss import Batch
 from iprox.errors import ArtifactError, NumericsError
+from iprox.models.layers import scored_linears
+from iprox.models.load import as_proxy
 from iprox.stages import features, query
 from iprox.stages.feature_store import Features, open_shards, read_features, restrict
 from iprox.stages.passes import Reader
 from iprox.store.arrays import open_store
+from iprox.study.schema import LayersSection
 
 QUERIES = [("b", "red?", "green"), ("a", "one?", "two three"), ("b", "cat?", "dog sleeps over")]
 EXAMPLES = random_examples(7)
@@ -135,6 +138,54 @@ def test_features_equal_autograd(tmp_path: Path, reader: Reader, pool: Path) -> 
         assert found.scores("cosine")["t"][i] == pytest.approx(cosine, rel=1e-6)
         assert found.tokens[i] == int(batch.lengths)
         assert found.supervised[i] == int((batch.labels >= 0).sum())
+
+
+def test_dots_by_layer_equal_autograd(
+    tmp_path: Path, pool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of factorised layers, whose two factors are one layer's share."""
+    dense = exact_reader()
+    thin = [n for n in dense.layers if n.endswith(("up_proj", "q_proj"))]
+    factors = {n: random_factors(dense.layers[n].weight) for n in thin}
+    model = as_proxy(dense.model, factors).eval().requires_grad_(False)
+    reader = dense._replace(model=model, layers=scored_linears(model, LayersSection()))
+    for stage in (query, features):
+        monkeypatch.setattr(stage, "open_reader", lambda *_: reader)
+    vector, out = stored(made := make_query(tmp_path)), tmp_path / "out"
+    parents = {"pool": pool, "query/t": made}
+    features.make(job("features", out, parents, (0, 7), subset={"name": "all"}))
+    store = open_store(out / "shard.zarr")
+    assert sorted(store["layers"][:]) == sorted(dense.layers)
+    for i, texts in enumerate(EXAMPLES.values()):
+        gradient = weight_gradients(reader.model, reader.layers, example(reader, *texts))
+        for place, name in enumerate(store["layers"][:]):
+            own = [f"{name}.left", f"{name}.right"] if name in thin else [str(name)]
+            expected = sum(float((gradient[n] * vector[n]).sum()) for n in own)
+            assert store["layer_dots"][i, 0, place] == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    assert store.attrs["scored_parameters"] == sum(
+        layer.weight.numel() for layer in reader.layers.values()
+    )
+    assert store.attrs["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def random_factors(weight: Tensor) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    out_dim, in_dim = weight.shape
+    left, right = (torch.randn(*size, generator=generator) for size in ((out_dim, 3), (3, in_dim)))
+    return left.double(), right.double()
+
+
+def test_dots_by_layer_of_a_large_pool_are_not_kept(
+    tmp_path: Path, reader: Reader, pool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents = {"pool": pool, "query/t": make_query(tmp_path)}
+    kept = 4 * len(EXAMPLES) * len(reader.layers)
+    for limit in (kept, kept - 1):
+        monkeypatch.setattr(features, "LAYER_DOTS_BYTES", limit)
+        out = tmp_path / f"out{limit}"
+        # the shard alone would fit under both limits
+        features.make(job("features", out, parents, (0, 3), subset={"name": "all"}))
+        assert ("layer_dots" in open_store(out / "shard.zarr")) == (limit == kept)
 
 
 def test_the_maximum_over_subtasks_is_taken(tmp_path: Path, reader: Reader, pool: Path) -> None:

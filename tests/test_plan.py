@@ -272,6 +272,42 @@ def test_fidelity_shares_the_pass_when_the_slice_is_the_pool() -> None:
     assert q.runs["a"].nodes["fidelity"].parents["proxy"] is not q.runs["a"].nodes["features"]
 
 
+def test_a_sparsity_that_is_looked_for_is_a_stage_of_its_own() -> None:
+    found = plan(proxy={"sparsity": "auto"}, split={"fidelity": 10}).runs["a"].nodes
+    search = found["sparsity"]
+    assert found["factors"].parents["sparsity"] is search
+    assert search.parents["decomposition"] is found["decomposition"]
+    assert search.parents["target"] is found["fidelity"].parents["target"]  # one pass serves both
+    assert set(search.parents) >= {"task/mmlu", "task/bbh", "warmup", "pool"}
+    fixed = plan(split={"fidelity": 10}).runs["a"].nodes
+    assert "sparsity" not in fixed
+    assert set(fixed["factors"].parents) == {"decomposition"}
+    assert fixed["decomposition"].id == found["decomposition"].id
+
+
+def test_a_floor_matters_only_where_a_sparsity_is_looked_for() -> None:
+    assert rerun(fidelity={"floor": 0.5}) == []
+    auto = {"proxy": {"sparsity": "auto"}}
+    low, high = (plan(**auto, fidelity={"floor": floor}).runs["a"].nodes for floor in (0.5, 0.6))
+    assert low["sparsity"].id != high["sparsity"].id
+    assert low["proxy"].id != high["proxy"].id
+    assert low["decomposition"].id == high["decomposition"].id
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"proxy": {"sparsity": "auto"}, "fidelity": {"floor": None}}, "what is enough"),
+        ({"proxy": {"sparsity": "auto"}, "probe": {"tokens": "rank"}}, "looked for later"),
+        ({"proxy": {"max_cost": 0.5}}, "max_cost needs sparsity: auto"),
+        ({"proxy": {"sparsity": "automatic"}}, "proxy.sparsity"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(**changes)
+
+
 def test_a_random_order_trains_one_model_for_all_tasks() -> None:
     p = plan(runs={"random": {"scorer": {"kind": "random", "draws": 2}}})
     assert sum(stage == "finetune" for stage, _ in p.nodes) == 2

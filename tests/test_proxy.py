@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,13 @@ def factors_of(model: Any, rank: int = 6) -> dict[str, Factors]:
     return {
         name: truncate(plain_svd(linear.weight.detach()), rank) for name, linear in linears.items()
     }
+
+
+def saved_proxy(folder: Path) -> Any:
+    """A tiny float32 proxy, written to ``folder`` and loaded from it."""
+    target = tiny_model(dtype=torch.float32)
+    save_proxy(folder, target, factors_of(target), tiny_tokenizer(), {})
+    return load_proxy(folder)
 
 
 def logits(model: Any) -> Tensor:
@@ -88,6 +98,97 @@ def test_a_loaded_proxy_is_an_ordinary_model(saved: tuple[Any, Any]) -> None:
         IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=4, do_sample=False
     )
     assert torch.equal(found[:, : IDS.shape[1]], IDS)
+
+
+def test_what_a_loaded_proxy_saves_is_loaded_bitwise(
+    saved: tuple[Any, Any], tmp_path: Path
+) -> None:
+    _, first = saved
+    folder = tmp_path / "again"
+    first.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    again = load_proxy(folder, attention="eager")
+    old, new = first.state_dict(), again.state_dict()
+    assert set(old) == set(new)
+    assert all(torch.equal(new[name], old[name]) for name in old)
+    assert torch.equal(logits(load_model(folder, attention="eager")), logits(first))
+
+
+def test_the_example_in_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved_proxy(tmp_path)
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (example,) = [
+        b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "load_pr" in b
+    ]
+    (named,) = re.findall(r'^path = "(.*)"', example, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    exec(example.replace(named, str(tmp_path)), {})
+    assert capsys.readouterr().out.startswith("The sea")
+    assert torch.equal(logits(load_proxy(tmp_path / "my-proxy")), logits(load_proxy(tmp_path)))
+
+
+def test_a_damaged_description_is_refused(tmp_path: Path) -> None:
+    saved_proxy(tmp_path)
+    for name in ("proxy.json", "config.json"):
+        (tmp_path / name).write_text("{")
+        with pytest.raises(ModelError, match=name):
+            load_model(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_trainer_trains_the_factors(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model = saved_proxy(tmp_path)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=1,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    row = {"input_ids": IDS[0], "labels": IDS[0]}
+    trainer = Trainer(model=model, args=arguments, train_dataset=[row])
+    trainer.train()
+    trained = dict(model.named_parameters())
+    moved = {name for name, old in before.items() if not torch.equal(trained[name], old)}
+    assert {n for n in before if n.endswith(("left.weight", "right.weight"))} <= moved
+    trainer.save_model(str(tmp_path / "trained"))
+    assert torch.equal(logits(load_proxy(tmp_path / "trained")), logits(model.eval()))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+def test_adapters_sit_on_the_factors(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = saved_proxy(tmp_path)
+    before = logits(model)
+    settings = peft.LoraConfig(r=2, target_modules=["left", "right"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, settings)
+    assert torch.equal(logits(adapted), before)  # an adapter starts at zero
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    touched = [n for n, p in adapted.named_parameters() if p.grad is not None]
+    assert touched
+    assert all("lora_" in name for name in touched)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.01)
+    found = logits(adapted)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged), found, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(load_proxy(tmp_path / "merged")), logits(merged))
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    code = "import sys, iprox; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_proxy_computes_the_product_of_its_factors_and_keeps_biases() -> None:

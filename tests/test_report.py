@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from report_fixture import GAIN, HOSTILE, TASKS, Fixture, metrics_of, plain_texts
+from report_fixture import (
+    GAIN,
+    HOSTILE,
+    NOISE,
+    SECONDS,
+    TASKS,
+    Fixture,
+    metrics_of,
+    plain_texts,
+)
 from scipy import stats
 
 from iprox.errors import ArtifactError
@@ -21,8 +30,9 @@ from iprox.report import selected, tables
 from iprox.report.artifacts import Artifact, Run, Study
 from iprox.report.charts import CSS_VARIABLES, short, spread_out
 from iprox.report.compare import intervals_overlap, paired_difference
+from iprox.report.figures import layer_fidelity, pareto_front
 from iprox.report.formats import duration, interval, latex, markdown, number, scaled, signed
-from iprox.report.page import TEXT_LIMIT, sketches_grid
+from iprox.report.page import TEXT_LIMIT, searches_grid, sketches_grid
 from iprox.stages.report import make
 from iprox.store.job import Job
 from iprox.store.manifest import PROVENANCE
@@ -284,6 +294,65 @@ def test_a_run_with_sketches_is_not_the_reference(study: Study) -> None:
     ]
     (features.folder / "sketch.parquet").unlink()
     assert sketches_grid(study, tables.sketches(study)) is None
+
+
+def test_costs_are_relative_to_the_targets_pass_over_the_same_examples(study: Study) -> None:
+    table = tables.runs(study).set_index("run")
+    for run in ("iprox-0.5", "svd-0.5", "glance"):
+        rates = 200.0, 12_000 / SECONDS[run]
+        assert table["time_ratio"][run] == pytest.approx(rates[0] / rates[1])
+        assert table["parameters_ratio"][run] == 0.7
+        assert table["flops_ratio"][run] == pytest.approx(0.5 + 0.1 / (1 + NOISE.get(run, 1.0)))
+    assert table.loc["full", ["time_ratio", "flops_ratio", "parameters_ratio"]].isna().all()
+    assert "target-features" not in set(tables.costs(study)["step"])
+
+
+def test_a_proxy_below_a_guess_from_lengths_is_said_to_be(study: Study) -> None:
+    """svd-0.5 has Spearman 0.31 and the guess 0.28, with wide intervals."""
+    said = next(s for s in tables.findings(study) if "lengths" in s)
+    assert "is clearly beaten by iprox-0.5 and glance" in said
+    assert "not clearly beaten by svd-0.5" in said
+    row = tables.runs(study).set_index("run").loc["svd-0.5"]
+    assert row["above_length"] == pytest.approx(row["spearman_mean"] - row["length_spearman"])
+
+
+def test_a_sparsity_that_was_found_is_shown_as_the_runs_own(tmp_path: Path) -> None:
+    fixture = Fixture(tmp_path, plain_texts(12), ["iprox-0.5"], tasks=["bbh"])
+
+    def write(folder: Path) -> None:
+        tried = pd.DataFrame({"sparsity": [0.5, 0.7], "parameters_ratio": 0.8, "flops_ratio": 0.6})
+        tried = tried.assign(verdict=["met", "below the floor"], spearman=[0.85, 0.25])
+        tried = tried.assign(low=0.2, high=0.9, chosen=[True, False])
+        write_table(folder / "tried.parquet", tried)
+        (folder / "chosen.json").write_text('{"sparsity": 0.5}')
+
+    fixture.stage("iprox-0.5/sparsity", "sparsity", write, 30.0)
+    job = fixture.job(tmp_path / "out")
+    job.params["runs"]["iprox-0.5"]["sparsity"] = "auto"
+    make(job)
+    study = Study.of_job(job)
+    row = tables.runs(study).iloc[0]
+    assert row["sparsity"] == 0.5
+    assert row["making_seconds"] == 30 + 1.5 + 21  # search, factors, proxy
+    grid = searches_grid(study, tables.searches(study))
+    assert grid is not None
+    assert [cells[-1].text for cells in grid.rows] == ["chosen", "below the floor"]
+    assert "How sparsities were found" in (job.out / "index.html").read_text()
+
+
+def test_the_front_has_what_nothing_cheaper_equals() -> None:
+    points = [(0.0, 0.2), (0.5, 0.1), (0.6, 0.7), (0.6, 0.8), (0.7, 0.8), (1.0, 1.0)]
+    assert pareto_front(points[::-1]) == [(0.0, 0.2), (0.6, 0.8), (1.0, 1.0)]
+
+
+def test_every_layer_has_a_cell_in_the_map(study: Study) -> None:
+    (chart,) = [c for c in layer_fidelity(study) if c.name.endswith("iprox-0.5")]
+    cells = re.findall(r'<g id="patch_', chart.svg)
+    background = 2  # of figure and axes
+    assert len(cells) >= 48 + background
+    assert [c.name for c in layer_fidelity(study)] == [
+        f"fidelity-layers-{run}" for run in ("iprox-0.5", "svd-0.5", "glance")
+    ]
 
 
 def test_overlap_is_the_share_of_the_targets_selection(fixture: Fixture, study: Study) -> None:

@@ -101,6 +101,16 @@ BROKEN = {
         "runs.g.proxy.sparsity",
         "",
     ),
+    "sparsity neither a number nor auto": (
+        {"proxy": {"sparsity": "half"}},
+        "proxy.sparsity: Input should be 'auto', or a valid number",
+        "",
+    ),
+    "tokens neither a number nor rank": (
+        {"probe": {"tokens": "many"}},
+        "probe.tokens: Input should be a valid integer",
+        "or 'rank'",
+    ),
     "hostile study name": ({"study": "../x"}, "study", "pattern"),
     "hostile run name": ({"runs": {"a/../b": {}}}, "runs", "pattern"),
     "equal names": (

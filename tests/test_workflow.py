@@ -71,6 +71,12 @@ def study(**changes: Any) -> dict[str, Any]:
             "full": {"proxy": {"kind": "target"}},
             "iprox": {"proxy": {"sparsity": 0.5}},
             "svd": {"proxy": {"kind": "svd"}, "align": {"epochs": 0}, "until": "fidelity"},
+            "auto": {
+                "proxy": {"kind": "svd", "sparsity": "auto"},
+                "align": {"epochs": 0},
+                "fidelity": {"floor": 0.3},
+                "until": "fidelity",
+            },
             "random": {"scorer": {"kind": "random", "draws": 2}},
         },
     }
@@ -154,7 +160,20 @@ def test_the_study_ends_with_rankings_models_and_a_report(finished: Path) -> Non
     page = (links / "report" / "index.html").read_text()
     assert "iprox" in page
     fidelity = pd.read_parquet(links / "iprox" / "fidelity" / "fidelity.parquet")
-    assert {"spearman", "kendall"} <= set(fidelity["metric"])
+    assert {"spearman", "kendall", "above_length", "flops_ratio"} <= set(fidelity["metric"])
+    by_layer = pd.read_parquet(links / "iprox" / "fidelity" / "layers.parquet")
+    assert by_layer["layer"].nunique() == 14
+
+
+def test_a_sparsity_that_was_looked_for_meets_its_floor(finished: Path) -> None:
+    auto = finished / "results" / "studies" / "tiny" / "auto"
+    chosen = json.loads((auto / "sparsity" / "chosen.json").read_text())
+    assert chosen["spearman"] >= 0.3
+    fidelity = pd.read_parquet(auto / "fidelity" / "fidelity.parquet")
+    measured = fidelity.set_index(["task", "metric"])["value"]
+    # nothing was aligned, so what was found is what is measured
+    assert measured["mean", "spearman"] == pytest.approx(chosen["spearman"], abs=1e-3)
+    assert measured["mean", "flops_ratio"] == pytest.approx(chosen["flops_ratio"])
 
 
 def test_every_artifact_is_as_its_manifest_says_and_explains_itself(finished: Path) -> None:
@@ -167,6 +186,7 @@ def test_every_artifact_is_as_its_manifest_says_and_explains_itself(finished: Pa
         "warmup",
         "probe",
         "decomposition",
+        "sparsity",
         "factors",
         "proxy",
         "query",

@@ -20,17 +20,19 @@ FILES = {
     "warmup": ["config.json"],
     "probe": ["probe.zarr/zarr.json"],
     "decomposition": ["directions.safetensors", "spectra.zarr/zarr.json"],
+    "sparsity": ["chosen.json", "tried.parquet"],
     "factors": ["factors.safetensors", "layers.parquet"],
     "extraction": ["config.json", "blocks.parquet"],
     "proxy": ["model.safetensors", "proxy.json"],
     "query": ["query.zarr/zarr.json"],
     "features": [],
     "ranking": ["ranking.parquet"],
-    "fidelity": ["fidelity.parquet"],
+    "fidelity": ["fidelity.parquet", "layers.parquet"],
     "selection": ["selection.parquet", "selected.jsonl"],
     "finetune": ["config.json"],
     "evaluation": ["items.parquet", "metrics.json"],
     "report": ["index.html", "summary.txt"],
+    "synthetic": ["retention.parquet", "retention.svg"],
 }
 SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
 

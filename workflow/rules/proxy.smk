@@ -93,10 +93,44 @@ rule decomposition:
         "../scripts/decomposition.py"
 
 
+rule sparsity:
+    # The smallest proxy that is faithful enough, where the study asks for it.
+    input:
+        decomposition=parent("sparsity", "decomposition"),
+        pool=parent("sparsity", "pool"),
+        target=parent("sparsity", "target"),
+        tasks=all_parents("sparsity", "task/"),
+        warmup=parent("sparsity", "warmup"),
+    output:
+        files("sparsity"),
+        manifest=manifest("sparsity"),
+    log:
+        "results/logs/sparsity/{id}.log",
+    benchmark:
+        "results/benchmarks/sparsity/{id}.tsv"
+    # On the longest path of a study: what waits for it is most of the work.
+    priority: 10
+    conda:
+        "../../envs/iprox.yaml"
+    threads: model_threads()
+    resources:
+        gpu=1,
+        gpu_mem_mb=gpu_mem("sparsity"),
+        mem_mb=mem("sparsity"),
+        runtime=runtime("sparsity"),
+    params:
+        code=code("sparsity"),
+        parents=parents("sparsity"),
+        spec=spec("sparsity"),
+    script:
+        "../scripts/sparsity.py"
+
+
 rule factors:
     # The two factors of every layer at one sparsity.
     input:
         decomposition=parent("factors", "decomposition"),
+        sparsity=parent("factors", "sparsity"),
     output:
         files("factors"),
         manifest=manifest("factors"),

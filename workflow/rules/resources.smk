@@ -12,6 +12,7 @@ MEM_MB = {
     "warmup": 3000,
     "probe": 2500,
     "decomposition": 1500,
+    "sparsity": 3500,
     "factors": 1300,
     "extraction": 2500,
     "proxy": 5500,
@@ -23,6 +24,7 @@ MEM_MB = {
     "finetune": 3500,
     "evaluation": 1800,
     "report": 1000,
+    "synthetic": 1000,
 }
 GPU_MEM_MB = 16000
 RUNTIME_MIN = {

@@ -23,6 +23,7 @@ STAGES = {
     "warmup": "The target after a short fine-tuning: the checkpoint influence is measured at.",
     "probe": "Layer inputs and output gradients of the warmed-up target at drawn token positions.",
     "decomposition": "Nested low-rank directions of every replaced layer, for all sparsities.",
+    "sparsity": "The smallest proxy that is faithful enough, and the ones that were tried.",
     "factors": "The low-rank factors of every replaced layer at one sparsity.",
     "proxy": "The small model made from the target that scores in its place, aligned to it.",
     "extraction": "The blocks of the warmed-up target that matter most, as a model.",
@@ -34,6 +35,7 @@ STAGES = {
     "selection": "The candidates that are kept, for each task.",
     "finetune": "The target fine-tuned on a selection, as a Hugging Face folder.",
     "evaluation": "What a model scores on one task, item by item and in all.",
+    "synthetic": "What low-rank layers of a small network keep of its loss and its influence.",
     "report": "Tables, figures and a page that show the runs of a study beside each other.",
 }
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from iprox.cli.artifact import RESULTS, STUDIES, existing, is_study, links, read_json
 from iprox.cli.render import Facts, Page, Table, emit
 from iprox.errors import ArtifactError, did_you_mean
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 HEADLINE_FIDELITY = "spearman"
 """The fidelity metric shown for each run, averaged over tasks."""
@@ -104,7 +107,9 @@ def _metrics(run: Path) -> dict[str, float | None]:
         return found
     for name, folder in links(run).items():
         if name == "fidelity" and (folder / "fidelity.parquet").is_file():
-            found["fidelity"] = _mean_fidelity(folder / "fidelity.parquet")
+            found |= _fidelity(folder)
+        if name == "sparsity" and (folder / "chosen.json").is_file():
+            found["sparsity"] = read_json(folder / "chosen.json")["sparsity"]
         if name.startswith("evaluation-"):
             task = name.removeprefix("evaluation-")
             for metric, entry in read_json(folder / "metrics.json").items():
@@ -113,11 +118,23 @@ def _metrics(run: Path) -> dict[str, float | None]:
     return found
 
 
-def _mean_fidelity(path: Path) -> float | None:
-    """Spearman correlation with the target's scores: the tasks' mean row, or the rows' mean."""
+def _fidelity(folder: Path) -> dict[str, float | None]:
+    """Fidelity of a run, how far it is above a guess from lengths, and what scoring costs."""
+    from iprox.cli.views import headline, measured_time_ratio
     from iprox.store.tables import read_table
 
-    table = read_table(path)
+    table = read_table(folder / "fidelity.parquet")
+    found = headline(table)
+    return {
+        "fidelity": _mean_fidelity(table),
+        "above lengths": found.get("above lengths"),
+        "FLOPs ratio": found.get("FLOPs ratio"),
+        "time ratio": measured_time_ratio(folder),
+    }
+
+
+def _mean_fidelity(table: pd.DataFrame) -> float | None:
+    """Spearman correlation with the target's scores: the tasks' mean row, or the rows' mean."""
     if not {"metric", "value"} <= set(table.columns):
         return None
     rows = table[table["metric"] == HEADLINE_FIDELITY]

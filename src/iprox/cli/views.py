@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from iprox.cli.artifact import read_json
 from iprox.cli.render import Facts, Table, cut, human_bytes
 from iprox.errors import ArtifactError
+from iprox.store.manifest import PROVENANCE, SPEC
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -359,6 +360,66 @@ def layers(path: Path, rows: int) -> Blocks:
     yield _head(table, rows, "layers")
 
 
+def agreement(path: Path, rows: int) -> Blocks:
+    """What a proxy keeps and what it costs, in short, and every measure of every task."""
+    table = _read(path)
+    yield Facts("in short", headline(table) | {"time ratio": measured_time_ratio(path.parent)})
+    yield from whole_table(path, rows)
+
+
+HEADLINE = {
+    "spearman": "Spearman with the target",
+    "length_spearman": "lengths only",
+    "above_length": "above lengths",
+    "parameters_ratio": "parameters ratio",
+    "flops_ratio": "FLOPs ratio",
+}
+"""Fidelity metrics that come first, and how they are called there."""
+
+
+def headline(table: pd.DataFrame) -> dict[str, float]:
+    """Means over tasks of the metrics that come first, as far as they were measured."""
+    if not {"task", "metric", "value"} <= set(table.columns):
+        return {}
+    means = table[table["task"] == "mean"].set_index("metric")["value"]
+    return {said: float(means[name]) for name, said in HEADLINE.items() if name in means.index}
+
+
+def measured_time_ratio(folder: Path) -> float | None:
+    """Seconds per token of the two passes that a fidelity compares, the proxy's over the target's.
+
+    From their provenance: times are no results, and no part of the artifact. None when a pass
+    is not there or did not record its rate.
+    """
+    folder = folder.resolve()
+    parents = read_json(folder / SPEC).get("parents", {})
+    rates = []
+    for role in ("target", "proxy"):
+        about = parents.get(role, {"stage": "-", "id": "-"})
+        made = read_json(folder.parent.parent / about["stage"] / about["id"] / PROVENANCE)
+        rates.append(made.get("metrics", {}).get("tokens_per_s"))
+    return rates[0] / rates[1] if all(rates) else None
+
+
+def layer_fidelity(path: Path, rows: int) -> Blocks:
+    """How much of its influence each kind of layer keeps, and the layers that keep least."""
+    table = _read(path)
+    means = table[table["task"] == "mean"]
+    if not len(means):
+        yield Facts(path.name, {"layers": 0})
+        return
+    kinds = means.assign(kind=[name.rsplit(".", 1)[-1] for name in means["layer"]])
+    by_kind = kinds.groupby("kind", sort=False).agg(
+        layers=("layer", "size"),
+        spearman=("spearman", "mean"),
+        lowest=("spearman", "min"),
+        share=("share", "sum"),
+    )
+    yield _frame(by_kind.reset_index(), "influence kept, by kind of layer")
+    least = means.sort_values("spearman", kind="stable").drop(columns="task")
+    yield _head(least, rows, "layers that keep least")
+
+
 def features(path: Path, rows: int) -> Blocks:
     """Shards of a scoring pass, its columns, and which kernel each kind of layer used and why."""
     from iprox.store.arrays import open_store
@@ -594,6 +655,7 @@ STAGE_VIEWS: dict[str, tuple[tuple[str, View], ...]] = {
     "warmup": ((".", model), ("log.parquet", training_log)),
     "probe": (("probe.zarr", store),),
     "decomposition": (("spectra.zarr", spectra), ("directions.safetensors", decomposed)),
+    "sparsity": (("chosen.json", json_file), ("tried.parquet", whole_table)),
     "factors": (("layers.parquet", layers), ("factors.safetensors", decomposed)),
     "proxy": (
         (".", model),
@@ -605,10 +667,11 @@ STAGE_VIEWS: dict[str, tuple[tuple[str, View], ...]] = {
     "query": (("query.zarr", query_gradients),),
     "features": ((".", features),),
     "ranking": (("ranking.parquet", ranking),),
-    "fidelity": (("fidelity.parquet", whole_table),),
+    "fidelity": (("fidelity.parquet", agreement), ("layers.parquet", layer_fidelity)),
     "selection": (("selection.parquet", selection), ("selected.jsonl", first_lines)),
     "finetune": ((".", model), ("log.parquet", training_log)),
     "evaluation": (("metrics.json", metrics), ("items.parquet", items)),
+    "synthetic": (("retention.parquet", whole_table),),
     "report": ((".", to_open),),
 }
 

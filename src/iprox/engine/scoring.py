@@ -43,6 +43,7 @@ class Scores(NamedTuple):
     """What a batch of examples is reduced to."""
 
     dots: Tensor  # (examples, queries) float64
+    layer_dots: Tensor  # (layers, examples, queries) float64: what each layer adds to the dots
     squared_norms: Tensor  # (examples,) float64
     losses: Tensor  # (examples,)
     unusable: dict[int, str]  # place -> where a number was not finite; their numbers mean nothing
@@ -158,9 +159,9 @@ class Scorer:
 
         losses = packed_pass(self.model, self.layers, pack(batch), visit, self.reduction, check)
         per_layer = torch.stack([squares[name] for name in self.layers]).double()
-        total = torch.stack([dots[name] for name in self.layers]).double().sum(0)
+        layer_dots = torch.stack([dots[name] for name in self.layers]).double()
         unusable = self._unusable(losses, per_layer, example_ids)
-        return Scores(total, per_layer.sum(0), losses, unusable)
+        return Scores(layer_dots.sum(0), layer_dots, per_layer.sum(0), losses, unusable)
 
     def _layer(
         self, name: str, x: Tensor, d: Tensor, rows: list[int], grams: _Grams

@@ -91,6 +91,11 @@ def block_linears(model: nn.Module, section: LayersSection) -> dict[str, nn.Line
     return {name: linears[name] for name in select(linears, section)}
 
 
+def replaced_layer(name: str) -> str:
+    """The layer of the dense model that a scored linear is, or is a factor of."""
+    return name.removesuffix(".left").removesuffix(".right")
+
+
 def scored_linears(model: nn.Module, section: LayersSection) -> dict[str, nn.Linear]:
     """Linear layers whose weight gradients make up an example's gradient feature.
 

@@ -22,13 +22,34 @@ log = logging.getLogger(__name__)
 PROXY_FILE = "proxy.json"
 """Marks a folder as a proxy: the rank of every factorised layer, and how it was made."""
 
+CONFIG_KEY = "iprox"
+"""Key of a loaded proxy's config with the same content, so that ``save_pretrained`` keeps it."""
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
 def is_proxy(folder: Path) -> bool:
     """Whether a model folder holds a proxy rather than an ordinary model."""
-    return (folder / PROXY_FILE).is_file()
+    return _about(folder) is not None
+
+
+def _about(folder: Path) -> dict[str, Any] | None:
+    """What a proxy says of itself: in its own file, or in the config ``save_pretrained`` wrote.
+
+    Raises:
+        ModelError: The file is not JSON.
+    """
+    for name in (PROXY_FILE, "config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError("a model folder is damaged", where=path, value=str(error)) from None
+        return found if name == PROXY_FILE else found.get(CONFIG_KEY)
+    return None
 
 
 def load_model(
@@ -92,10 +113,13 @@ def _load_dense(folder: Path, dtype: torch.dtype, attention: str) -> Any:
 def load_proxy(path: str | Path, dtype: torch.dtype | None = None, attention: str = "sdpa") -> Any:
     """Load a proxy as an ordinary ``PreTrainedModel`` with thin linear layers.
 
-    Generation, ``Trainer``, adapters and other attribution tools run on it as on any model.
+    Generation, ``Trainer``, adapters and other attribution tools run on it as on any model, and
+    what its ``save_pretrained`` writes is loaded by this function again, bit by bit. Adapters
+    address the factors by the names ``left`` and ``right``.
 
     Args:
-        path: A proxy folder written by the ``proxy`` stage.
+        path: A proxy folder written by the ``proxy`` stage, or by ``save_pretrained`` of a
+            model that this function returned.
         dtype: Precision of the weights; as stored when absent.
         attention: Attention kernel.
 
@@ -107,16 +131,17 @@ def load_proxy(path: str | Path, dtype: torch.dtype | None = None, attention: st
     from transformers.utils import GENERATION_CONFIG_NAME
 
     folder = Path(path)
-    if not is_proxy(folder):
+    about = _about(folder)
+    if about is None:
         raise ModelError(
             "not a proxy folder",
             where=folder,
             allowed=f"a folder with {PROXY_FILE}, {WEIGHTS} and config.json",
             fix="give the folder of a proxy stage, results/proxy/<id>",
         )
-    about = json.loads((folder / PROXY_FILE).read_text(encoding="utf-8"))
     weights = load_weights(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    setattr(config, CONFIG_KEY, about)
     stored = next(iter(weights.values())).dtype
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(

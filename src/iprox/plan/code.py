@@ -29,7 +29,8 @@ NEUTRAL = frozenset(
     }
 )
 """Modules that cannot change a result: messages, progress and counts of operations, and the
-schema, whose effect on a stage is its parameters, which are part of its identity anyway."""
+schema, whose effect on a stage is its parameters, which are part of its identity anyway. A count
+of operations that a stage stores is that of the code it was made with."""
 
 
 @cache

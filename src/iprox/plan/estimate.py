@@ -55,6 +55,15 @@ best and the current candidate, and the parts of the gradient."""
 SHARD_BYTES = 6500
 """Bytes of a scoring shard besides what it holds of each example."""
 
+AUTO_SPARSITY = 0.5
+"""Sparsity that is counted with where it is looked for."""
+
+SEARCHED = 4
+"""Proxies that a search over nine sparsities scores at most."""
+
+LAYER_DOTS_BYTES = 64 * 2**20
+"""Inner products are kept layer by layer up to this size."""
+
 LONGEST = 2.0
 """The longest example of a batch, in units of the mean length."""
 
@@ -100,6 +109,7 @@ class Estimator:
             "factors": self._factors,
             "proxy": self._proxy,
             "extraction": self._extraction,
+            "sparsity": self._search,
             "query": self._query,
             "features": self._features,
             "ranking": self._ranking,
@@ -134,7 +144,21 @@ class Estimator:
         if model.stage != "proxy":
             return Network.plan(self.arch, scored=scored)
         cut = model.parents["factors"].params["factors"]
-        chosen = model.params["layers"] if layers is None else layers
+        return self._factorised(cut, model.params["layers"] if layers is None else layers, layers)
+
+    def _factorised(
+        self, cut: Mapping[str, Any], chosen: Mapping[str, Any], layers: Mapping[str, Any] | None
+    ) -> Network:
+        """Matrix products of a proxy.
+
+        Args:
+            cut: How its factors are cut.
+            chosen: Patterns of the layers that are replaced.
+            layers: Patterns of the layers that are scored; all when absent.
+        """
+
+        def scored(name: str) -> bool:
+            return layers is None or _selected(f"model.{name}", layers)
 
         def rank(name: str, out_dim: int, in_dim: int) -> int | None:
             if not _selected(f"model.{name}", chosen):
@@ -142,7 +166,7 @@ class Estimator:
             return rank_for(
                 out_dim,
                 in_dim,
-                cut["sparsity"],
+                _sparsity(cut),
                 cut["rank_multiple"],
                 cut["rank_rounding"],
                 cut["dense_rule"],
@@ -294,7 +318,7 @@ class Estimator:
         decomposition = node.parents["decomposition"]
         section, weights, directions = node.params["factors"], 0, 0
         for out_dim, in_dim in self._selected_shapes(decomposition.params["layers"]):
-            rank = rank_for(out_dim, in_dim, section["sparsity"], *_rounding(section)) or 0
+            rank = rank_for(out_dim, in_dim, _sparsity(section), *_rounding(section)) or 0
             weights += rank * (out_dim + in_dim)
             kept = max_useful_rank(out_dim, in_dim, section["dense_rule"])
             directions += kept * (out_dim + in_dim)
@@ -384,8 +408,7 @@ class Estimator:
         if "split" in node.parents:
             size = node.parents["split"].params["split"]["size"]
             texts = texts._replace(n=_share(size, texts.n))
-        queries = [parent for role, parent in node.parents.items() if role.startswith("query/")]
-        n_queries = sum(map(self.volumes.groups, queries))
+        n_queries = sum(map(self.volumes.groups, _queries_of(node)))
         element = BYTES[node.params["compute"]["dtype"]]
         reduction = {"query_rank": 0, "query_dtype": "float32"} | node.params["influence"]
         rank, held = reduction["query_rank"], BYTES[reduction["query_dtype"]]
@@ -393,9 +416,41 @@ class Estimator:
         return Need(
             flops=flops.features(net, _load(texts), n_queries, query_rank=rank),
             memory=self._pass_memory(net, texts, element) + matrices,
-            disk=texts.n * (8 * n_queries + 60) + SHARD_BYTES * node.shards,
+            disk=texts.n * (8 * n_queries + 60)
+            + self._layer_dots(node, texts.n * n_queries)
+            + SHARD_BYTES * node.shards,
             tokens=texts.n * texts.tokens,
         )
+
+    def _search(self, node: Node) -> Need:
+        """Scoring the slice with some proxies in turn, beside the target they are made of."""
+        target, pool = node.parents["target"], node.parents["pool"]
+        net = self._factorised(node.params["factors"], node.params["layers"], node.params["layers"])
+        texts, tasks = self.volumes.examples(target, pool), _tasks(node)
+        if "split" in target.parents:
+            texts = texts._replace(
+                n=_share(target.parents["split"].params["split"]["size"], texts.n)
+            )
+        queries = [self.volumes.queries(node, task) for task in tasks]
+        groups = sum(self.volumes.groups(query) for query in _queries_of(target))
+        unit = node.params["influence"]["val_agg"] == "mean_unit"
+        rank = node.params["influence"]["query_rank"]
+        each = flops.features(net, _load(texts), groups, query_rank=rank)
+        each += sum(flops.query(net, _load(of_task), unit) for of_task in queries)
+        element = BYTES[node.params["compute"]["dtype"]]
+        tokens = texts.n * texts.tokens + sum(q.n * q.tokens for q in queries)
+        return Need(
+            flops=SEARCHED * each,
+            memory=self._pass_memory(net, texts, element)
+            + element * self.parameters
+            + 4 * (groups + 1) * net.scored_weights,
+            tokens=SEARCHED * tokens,
+        )
+
+    def _layer_dots(self, node: Node, products: float) -> float:
+        """Bytes of inner products kept layer by layer: of a slice, or of a small pool."""
+        size = 4 * products * len(self._selected_shapes(node.params["layers"]))
+        return size if size <= LAYER_DOTS_BYTES and "features" not in node.params else 0
 
     def _ranking(self, node: Node) -> Need:
         pool = next(n for n in _ancestors(node) if n.stage == "pool")
@@ -449,6 +504,7 @@ def needs_model(node: Node) -> bool:
         "proxy",
         "query",
         "features",
+        "sparsity",
         "finetune",
         "evaluation",
     }
@@ -476,6 +532,12 @@ def _selected(name: str, layers: Mapping[str, Any]) -> bool:
     return matches(layers["include"]) and not matches(layers["exclude"])
 
 
+def _sparsity(section: Mapping[str, Any]) -> float:
+    """The sparsity of some factors; one that is yet to be found is taken to be in the middle."""
+    sparsity = section["sparsity"]
+    return AUTO_SPARSITY if sparsity == "auto" else float(sparsity)
+
+
 def _rounding(section: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     return section["rank_multiple"], section["rank_rounding"], section["dense_rule"]
 
@@ -491,6 +553,15 @@ def _anchoring(section: Mapping[str, Any]) -> flops.Anchoring:
 
 def _is_second_order(section: Mapping[str, Any]) -> bool:
     return bool(section["hvp"] != "central_diff")
+
+
+def _queries_of(features: Node) -> list[Node]:
+    """The query gradients that a scoring pass compares with."""
+    return [parent for role, parent in features.parents.items() if role.startswith("query/")]
+
+
+def _tasks(node: Node) -> list[Node]:
+    return [parent for role, parent in node.parents.items() if role.startswith("task/")]
 
 
 def _ancestors(node: Node) -> list[Node]:

@@ -66,7 +66,7 @@ def runs_table(plan: Plan) -> list[dict[str, Any]]:
                 "group": run.group,
                 "scorer": run.config.scorer.kind,
                 "proxy": run.proxy,
-                "sparsity": run.sparsity,
+                "sparsity": _number(run.sparsity),
                 "preset": run.config.preset,
                 "changed": json.dumps(run.changed, sort_keys=True),
                 "settings": json.dumps(flatten(run.config.model_dump(mode="json")), sort_keys=True),
@@ -74,6 +74,11 @@ def runs_table(plan: Plan) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _number(sparsity: float | str | None) -> float | None:
+    """A sparsity that is known; one that is looked for is in the run's sparsity artifact."""
+    return None if isinstance(sparsity, str) else sparsity
 
 
 def _queries(nodes: dict[str, Node]) -> dict[str, Node]:

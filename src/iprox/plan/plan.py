@@ -16,10 +16,12 @@ from typing import Any
 from iprox.errors import ConfigError, did_you_mean
 from iprox.store.manifest import MANIFEST, digest_json
 from iprox.study.load import Run, Study
-from iprox.study.schema import ProxySection, TaskSection
+from iprox.study.schema import ProxySection, SyntheticSection, TaskSection
 
 RESULTS = Path("results")
 ID_DIGITS = 10
+
+"""Keys of the section ``proxy`` that decide how factors are cut from directions."""
 
 QUERY_KEYS = {"loss_reduction", "val_agg", "estimator"}
 """Keys of the section ``influence`` that query gradients depend on."""
@@ -37,6 +39,12 @@ SKETCH_SIZES = {
 
 RANK_RULE = ("sparsity", "rank_multiple", "rank_rounding", "dense_rule")
 """Keys of the section ``proxy`` that give a layer its rank from its shape alone."""
+
+WEIGHTING = {"mode", "damping_mode", "damping", "whiten", "objective"}
+"""Keys of the section ``proxy`` that say how a decomposition weights errors."""
+
+CUT = {*RANK_RULE, "rank_allocation", "gauge"}
+"""Keys of the section ``proxy`` that the factors depend on, besides the decomposition."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,20 @@ class Node:
     params: dict[str, Any]
     parents: dict[str, Node] = field(default_factory=dict)
     shards: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        stage: str,
+        label: str,
+        params: dict[str, Any],
+        parents: dict[str, Node],
+        shards: int = 1,
+    ) -> Node:
+        """The stage with these parameters and parents, its identity worked out."""
+        ancestry = {role: parent.id for role, parent in parents.items()}
+        digest = digest_json({"params": params, "parents": ancestry, "stage": stage})
+        return cls(stage, f"{_clean(label)}-{digest[:ID_DIGITS]}", params, parents, shards)
 
     @property
     def folder(self) -> Path:
@@ -131,11 +153,8 @@ class Plan:
         shards: int = 1,
     ) -> Node:
         """Add a stage, or return the equal one that is there already."""
-        parents = parents or {}
-        ancestry = {role: parent.id for role, parent in parents.items()}
-        digest = digest_json({"params": params, "parents": ancestry, "stage": stage})
-        id = f"{_clean(label)}-{digest[:ID_DIGITS]}"
-        return self.nodes.setdefault((stage, id), Node(stage, id, params, parents, shards))
+        node = Node.of(stage, label, params, parents or {}, shards)
+        return self.nodes.setdefault((stage, node.id), node)
 
     def in_order(self) -> Iterator[Node]:
         """All stages, parents before children."""
@@ -179,6 +198,11 @@ def plan_study(study: Study) -> Plan:
             plan.shared[f"base/evaluation-{task.name}"] = planner.evaluation(target, task)
     plan.report = _report(plan)
     return plan
+
+
+def synthetic_node() -> Node:
+    """The experiment on made-up data, which belongs to no study."""
+    return Node.of("synthetic", "figure-3", {"synthetic": SyntheticSection().model_dump()}, {})
 
 
 class _RunPlanner:
@@ -295,25 +319,19 @@ class _RunPlanner:
             )
         solver = proxy.model_dump(include={"kind", "dense_rule"})
         if proxy.kind == "ipsvd":
-            solver |= proxy.model_dump(include={"mode", "damping_mode", "damping", "objective"})
-            if proxy.whiten != "both":
-                solver["whiten"] = proxy.whiten
+            solver |= proxy.model_dump(include=WEIGHTING)
         nodes["decomposition"] = self.plan.add(
             "decomposition",
             proxy.kind if proxy.kind == "svd" else "-".join([*_weighting(proxy), proxy.mode]),
             {"decomposition": solver, "layers": layers},
             made_of,
         )
-        cut = proxy.model_dump(include={*RANK_RULE, "gauge"})
-        if proxy.rank_allocation != "uniform":
-            cut["rank_allocation"] = proxy.rank_allocation
-        label = "-".join([*_builder(proxy), f"{proxy.sparsity:g}"])
-        nodes["factors"] = self.plan.add(
-            "factors",
-            label,
-            {"factors": cut},
-            {"decomposition": nodes["decomposition"]},
-        )
+        cut_from = {"decomposition": nodes["decomposition"]}
+        if proxy.sparsity == "auto":
+            nodes["sparsity"] = cut_from["sparsity"] = self._sparsity(nodes)
+        label = "-".join([*_builder(proxy), f"{proxy.sparsity}"])
+        cut = {"factors": proxy.model_dump(include=CUT)}
+        nodes["factors"] = self.plan.add("factors", label, cut, cut_from)
         parents = {"factors": nodes["factors"], "warmup": warmup}
         align: dict[str, Any] = {"epochs": 0.0, "recover_epochs": 0.0}
         if self.config.align.trains:
@@ -334,10 +352,56 @@ class _RunPlanner:
         )
         return nodes
 
+    def _sparsity(self, nodes: dict[str, Node]) -> Node:
+        """The stage that looks for the smallest proxy that is faithful enough.
+
+        Raises:
+            ConfigError: Neither a floor nor a ceiling says what is enough.
+        """
+        proxy, floor = self.config.proxy, self.config.fidelity.floor
+        if floor is None and proxy.max_cost is None:
+            raise ConfigError(
+                "sparsity auto needs to know what is enough",
+                where=f"runs.{self.run.name}: fidelity.floor, proxy.max_cost",
+                fix="set a floor of fidelity, a ceiling of cost, or both",
+            )
+        subset = "all" if self._slice_is_pool() else "fidelity"
+        params = {
+            "chat": self.chat,
+            "compute": self.compute,
+            "factors": proxy.model_dump(include=CUT),
+            "influence": self.config.influence.model_dump(),
+            "layers": proxy.layers.model_dump(),
+            "search": {
+                "bootstrap": self.config.fidelity.bootstrap,
+                "floor": floor,
+                "max_cost": proxy.max_cost,
+                "seed": self.config.fidelity.seed,
+            },
+        }
+        parents = {
+            "decomposition": nodes["decomposition"],
+            "pool": self.pool,
+            "target": self.features(self.warmup(), subset, exact=True),
+            "warmup": self.warmup(),
+        }
+        parents |= {
+            f"task/{task.name}": self.plan.shared[f"task-{task.name}"] for task in self.tasks
+        }
+        enough = proxy.max_cost if floor is None else floor
+        return self.plan.add("sparsity", f"{proxy.kind}-{enough}", params, parents)
+
     def _probe_params(self) -> dict[str, Any]:
         """The probe's parameters; the paper's rule for N needs what the ranks depend on."""
         params = self.config.probe.model_dump()
         if self.config.probe.tokens == "rank":
+            if self.config.proxy.sparsity == "auto":
+                raise ConfigError(
+                    "the number of probe tokens cannot follow a rank that is looked for later",
+                    where=f"runs.{self.run.name}: probe.tokens, proxy.sparsity",
+                    value="probe.tokens rank with proxy.sparsity auto",
+                    fix="give probe.tokens a number, or proxy.sparsity",
+                )
             params["rank_rule"] = self.config.proxy.model_dump(include=set(RANK_RULE))
         return params
 
@@ -420,7 +484,7 @@ class _RunPlanner:
         if self.config.proxy.kind == "target" and self._is_exact():
             return {}
         params: dict[str, Any] = {
-            "fidelity": self.config.fidelity.model_dump(),
+            "fidelity": self.config.fidelity.model_dump(exclude={"floor"}),
             "influence": self.config.influence.model_dump(),
         }
         ours = self.features(nodes["model"], subset)
@@ -528,8 +592,13 @@ def _report(plan: Plan) -> Node:
         }
         shown = {k: n for k, n in run_plan.nodes.items() if k not in ("pool", "target", "model")}
         parents |= {f"{name}/{key}": node for key, node in shown.items()}
-        if run.config.until == "fidelity" and "fidelity" in run_plan.nodes:
-            parents[f"{name}/features"] = run_plan.nodes["fidelity"].parents["proxy"]
+        if "fidelity" in run_plan.nodes:
+            compared = run_plan.nodes["fidelity"].parents
+            parents[f"{name}/target-features"] = compared["target"]
+            if run.config.until == "fidelity":
+                parents[f"{name}/features"] = compared["proxy"]
+            elif compared["proxy"] is not run_plan.nodes["features"]:
+                parents[f"{name}/slice-features"] = compared["proxy"]
     params = {
         "config": config.model_dump(mode="json", exclude={"data_dir", "runs", "shards"}),
         "report": config.report.model_dump(),

@@ -22,6 +22,9 @@ BASE = "base"
 SHARED = ("pool", "split", "target")
 """Roles that all runs have in common."""
 
+COMPARED = ("slice-features", "target-features")
+"""Scoring passes that a run's fidelity compares: what measuring costs, not what scoring does."""
+
 STOPS = {"fidelity": 0, "ranking": 1, "selection": 2, "evaluation": 3}
 """How far each value of a run's ``until`` goes; artifacts of a later step are not made."""
 
@@ -98,7 +101,8 @@ class Run:
         scorer: ``gradient`` or ``random``.
         proxy: ``target``, ``ipsvd``, ``svd``, ``layers``, ``model``, or None for a run without a
             proxy.
-        sparsity: Share of the target the run asked to remove, None if it removes nothing.
+        sparsity: Share of the target the run asked to remove, or that was found for it; None if
+            it removes nothing.
         preset: Preset the study started from.
         changed: Keys the run changes, with their values.
         until: Last step the run goes to.
@@ -253,12 +257,19 @@ def _run(name: str, about: dict[str, Any], artifacts: dict[str, Artifact]) -> Ru
         group=about["group"],
         scorer=about["scorer"],
         proxy=about["proxy"],
-        sparsity=about["sparsity"],
+        sparsity=_sparsity(about["sparsity"], artifacts.get("sparsity")),
         preset=about["preset"],
         changed=about["changed"],
         until=about["until"],
         artifacts=artifacts,
     )
+
+
+def _sparsity(asked: float | str | None, found: Artifact | None) -> float | None:
+    """The sparsity a run asked for, or had looked for."""
+    if isinstance(asked, str):
+        return None if found is None else float(found.json("chosen.json")["sparsity"])
+    return asked
 
 
 def _by_task(artifacts: dict[str, Artifact], tasks: list[str]) -> dict[str, Artifact]:

@@ -225,7 +225,7 @@ def label_points(
     axes: Any,
     points: Sequence[tuple[float, float, str, str]],
     size: float = 10,
-    line: float | None = None,
+    lines: Sequence[tuple[float, float, float, float]] = (),
 ) -> None:
     """Name points of a scatter, each on the side where it hides least.
 
@@ -233,16 +233,16 @@ def label_points(
         axes: Axes whose limits are final.
         points: Position, name and colour: (x, y, name, colour).
         size: Font size in points.
-        line: Height of a horizontal line that names should keep off.
+        lines: Lines (x0, y0, x1, y1) along an axis that names should keep off.
     """
     axes.figure.draw_without_rendering()
     scale = 72 / axes.figure.dpi
     frame = axes.bbox
     at = [axes.transData.transform((x, y)) * scale for x, y, _, _ in points]
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
-    if line is not None:
-        level = axes.transData.transform((0, line))[1] * scale
-        taken.append((frame.x0 * scale, level - 1, frame.x1 * scale, level + 1))
+    for x0, y0, x1, y1 in lines:
+        ends = sorted(tuple(axes.transData.transform(p) * scale) for p in ((x0, y0), (x1, y1)))
+        taken.append((ends[0][0] - 1, ends[0][1] - 1, ends[1][0] + 1, ends[1][1] + 1))
     for (px, py), (x, y, name, colour) in zip(at, points, strict=True):
         name = short(name, 30)
         width, height = 0.62 * size * len(name), 1.2 * size

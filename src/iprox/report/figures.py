@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ def all_figures(study: Study) -> dict[str, list[Chart]]:
     """Every figure by the section of the page it stands in; a section without data has none."""
     return {
         "fidelity": fidelity_against_cost(study),
+        "fidelity_layers": layer_fidelity(study),
         "scores": [c for task in study.tasks if (c := score_distributions(study, task))],
         "agreement": [c for task in study.tasks if (c := agreement(study, task))],
         "heldout": heldout(study),
@@ -43,7 +45,7 @@ def all_figures(study: Study) -> dict[str, list[Chart]]:
 
 
 def fidelity_against_cost(study: Study) -> list[Chart]:
-    """Mean Spearman against scoring time, and against parameters kept."""
+    """Mean Spearman against operations, against scoring time, and against parameters kept."""
     measured = {
         run.name: found
         for run in study.drawn_once
@@ -51,6 +53,11 @@ def fidelity_against_cost(study: Study) -> list[Chart]:
     }
     table = tables.runs(study).set_index("run")
     costs = {
+        "flops": (
+            "Fidelity against cost",
+            table["flops_ratio"].copy(),
+            "FLOPs of scoring, relative to the target",
+        ),
         "seconds": (
             "Fidelity against scoring time",
             table["seconds_per_1000"],
@@ -64,13 +71,20 @@ def fidelity_against_cost(study: Study) -> list[Chart]:
     }
     if study.target_run is not None:
         costs["parameters"][1][study.target_run.name] = 100.0
+        costs["flops"][1][study.target_run.name] = 1.0
     charts = []
     for name, (title, cost, label) in costs.items():
         shown = [run for run in measured if known(cost[run])]
         if shown:
             charts.append(
                 _scatter(
-                    study, f"fidelity-{name}", title, cost, label, {r: measured[r] for r in shown}
+                    study,
+                    f"fidelity-{name}",
+                    title,
+                    cost,
+                    label,
+                    {r: measured[r] for r in shown},
+                    front=name == "flops",
                 )
             )
     return charts
@@ -83,27 +97,36 @@ def _scatter(
     cost: pd.Series,
     label: str,
     measured: dict[str, dict[str, float]],
+    front: bool,
 ) -> Chart:
-    """Runs as points with intervals, the target as the reference at one."""
+    """Runs as points with intervals, the target as the reference at one.
+
+    With ``front``, also a guess from lengths, which costs nothing, and a line through those that
+    nothing cheaper equals.
+    """
     palette, group = colours(study), {run.name: run.group for run in study.runs}
     points = [
         (float(cost[run]), found["value"], run, palette[group[run]])
         for run, found in measured.items()
     ]
     with drawing(name, title, 290, "mean Spearman with the target, 95 % interval") as canvas:
-        axes = canvas.axes
+        axes, lines = canvas.axes, list[tuple[float, float, float, float]]()
         span = max(x for x, *_ in points) or 1.0
         for i, (found, (x, y, _, colour)) in enumerate(zip(measured.values(), points, strict=True)):
             if known(found["low"]) and known(found["high"]):
                 # of intervals at one place the earlier are wider, so that all can be seen
                 above = sum(abs(x - other) < 0.01 * span for other, *_ in points[i + 1 :])
                 axes.plot([x, x], [found["low"], found["high"]], color=colour, lw=1.6 + 2.6 * above)
+                lines.append((x, found["low"], x, found["high"]))
             axes.plot([x], [y], "o", color=colour, ms=7, mec=PAPER, mew=1, zorder=3)
         reference = study.target_run
         if reference is not None and known(cost[reference.name]):
             x = float(cost[reference.name])
             axes.plot([x], [1], "o", mfc=PAPER, mec=INK, mew=1.4, ms=7)
             points.append((x, 1.0, f"{reference.name} (reference)", INK))
+        if front:
+            points += [(0.0, y, LENGTH_ONLY, SOFT) for y in _length_guesses(study, list(measured))]
+            lines += _draw_front(axes, points)
         axes.axhline(1, color=SOFT, lw=0.8, dashes=(3, 3))
         low = min([f["low"] for f in measured.values() if known(f["low"])] + [p[1] for p in points])
         bottom = min(low - 0.06, 0.9 * low)
@@ -111,8 +134,47 @@ def _scatter(
         axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 1 + 1e-9])
         _cost_axis(axes, [p[0] for p in points])
         axes.set_xlabel(label, loc="left")
-        label_points(axes, points, line=1)
+        left, right = axes.get_xlim()
+        label_points(axes, points, lines=[(left, 1, right, 1), *lines])
     return canvas.chart
+
+
+LENGTH_ONLY = "lengths only"
+
+
+def _length_guesses(study: Study, runs: list[str]) -> list[float]:
+    """What a guess from lengths reaches, once for all runs that are compared with one target."""
+    guesses = [
+        found["value"]
+        for run in study.runs
+        if run.name in runs
+        and (found := tables.fidelity_value(run, tables.MEAN, "length_spearman"))
+        and known(found["value"])
+    ]
+    return list({round(guess, 6): guess for guess in guesses}.values())
+
+
+def _draw_front(
+    axes: Any, points: list[tuple[float, float, str, str]]
+) -> list[tuple[float, float, float, float]]:
+    """A staircase along the points that no point of the same or a lower cost equals; its lines."""
+    for x, y, name, _ in points:
+        if name == LENGTH_ONLY:
+            axes.plot([x], [y], "s", color=SOFT, ms=6, mec=PAPER, mew=1, zorder=3, clip_on=False)
+    best = pareto_front([(x, y) for x, y, *_ in points])
+    axes.step(*zip(*best, strict=True), where="post", color=SOFT, lw=1, alpha=0.6, zorder=1)
+    steps = list(pairwise(best))
+    level = [(x0, y0, x1, y0) for (x0, y0), (x1, _) in steps]
+    return level + [(x1, y0, x1, y1) for (_, y0), (x1, y1) in steps]
+
+
+def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (cost, value) those that no other equals in value at no higher cost, by cost."""
+    front: list[tuple[float, float]] = []
+    for cost, value in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or value > front[-1][1]:
+            front.append((cost, value))
+    return front
 
 
 def _cost_axis(axes: Any, values: list[float]) -> None:
@@ -237,15 +299,18 @@ def _heat_cell(axes: Any, column: int, row: int, value: float, written: bool) ->
     """One cell: blue for agreement, orange for its opposite, deeper for more of it."""
     from matplotlib.patches import Rectangle
 
-    strength = 0.0 if not known(value) else min(abs(value), 1.0)
-    colour = POSITIVE if known(value) and value >= 0 else NEGATIVE
-    cell = Rectangle(
-        (column - 0.48, row - 0.48), 0.96, 0.96, fc=colour, alpha=0.04 + 0.56 * strength, lw=0
-    )
+    colour, alpha = _heat_colour(value)
+    cell = Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, fc=colour, alpha=alpha, lw=0)
     axes.add_patch(cell)
     if written:
         text = f"{value:.2f}".replace("-", "\N{MINUS SIGN}") if known(value) else "-"
         axes.text(column, row, text, ha="center", va="center", fontsize=10.5)
+
+
+def _heat_colour(value: float) -> tuple[str, float]:
+    """Colour and opacity of a correlation."""
+    strength = 0.0 if not known(value) else min(abs(value), 1.0)
+    return POSITIVE if known(value) and value >= 0 else NEGATIVE, 0.04 + 0.56 * strength
 
 
 def _heat_axes(axes: Any, names: list[str], palette: dict[str, str], group: dict[str, str]) -> None:
@@ -410,12 +475,13 @@ def _smoothed(losses: pd.Series) -> pd.Series:
     return losses if width < 2 else losses.rolling(width, center=True, min_periods=1).mean()
 
 
-def _curve_ticks(axes: Any) -> None:
+def _curve_ticks(axes: Any, upwards: bool = True) -> None:
     """Whole steps to the right; upwards numbers as they are, without a common factor."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.6g}"))
+    if upwards:
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.6g}"))
 
 
 ALIGNMENT = {
@@ -475,18 +541,65 @@ def _alignment_curves(
     return canvas.chart
 
 
+def layer_fidelity(study: Study) -> list[Chart]:
+    """How much of each layer's influence a proxy keeps, a heat map for each distinct proxy."""
+    table = tables.fidelity_layers(study)
+    table = table[table["task"] == tables.MEAN]
+    return [
+        _layer_map(str(run), part)
+        for run, part in table.groupby("run", sort=False)
+        if part["spearman"].notna().any()
+    ]
+
+
+def _layer_map(run: str, part: pd.DataFrame) -> Chart:
+    """Kinds of layers as rows, blocks as columns."""
+    part = by_depth(part)
+    kinds = list(dict.fromkeys(part["kind"]))
+    first, last = int(part["depth"].min()), int(part["depth"].max())
+    unit = "Spearman of each layer's influence, mean over tasks"
+    title = f"Influence kept by {short(run)}"
+    with drawing(f"fidelity-layers-{run}", title, 96 + 20 * len(kinds), unit) as canvas:
+        axes = canvas.axes
+        for kind, depth, value in part[["kind", "depth", "spearman"]].to_numpy():
+            _heat_cell(axes, int(depth), kinds.index(kind), float(value), last - first < 8)
+        axes.set_xlim(first - 0.5, last + 0.5)
+        axes.set_ylim(len(kinds) - 0.5, -0.5)
+        axes.set_yticks(range(len(kinds)), [kind.removesuffix("_proj") for kind in kinds])
+        axes.grid(visible=False)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        _curve_ticks(axes, upwards=False)
+        low, high = part["spearman"].min(), part["spearman"].max()
+        meaning = f"block; blue: kept, orange: reversed ({_signed(low)} to {_signed(high)})"
+        axes.set_xlabel(meaning, loc="left")
+    return canvas.chart
+
+
+def _signed(value: float, digits: int = 2) -> str:
+    return f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def by_depth(table: pd.DataFrame) -> pd.DataFrame:
+    """Layers with their ``kind``, the last part of the name, and ``depth``, their block."""
+    numbers = [re.search(r"\.(\d+)\.", name) for name in table["layer"]]
+    return table.assign(
+        kind=[name.rsplit(".", 1)[-1] for name in table["layer"]],
+        depth=[int(hit.group(1)) if hit else i for i, hit in enumerate(numbers)],
+    )
+
+
 def layers(study: Study) -> list[Chart]:
     """Truncation error of every layer over depth, a chart for each distinct proxy."""
     table = tables.layers(study)
     if table.empty:
         return []
-    return [_layer_chart(str(run), part.copy()) for run, part in table.groupby("run", sort=False)]
+    return [
+        _layer_chart(str(run), by_depth(part)) for run, part in table.groupby("run", sort=False)
+    ]
 
 
 def _layer_chart(run: str, part: pd.DataFrame) -> Chart:
-    part["kind"] = [name.rsplit(".", 1)[-1] for name in part["layer"]]
-    numbers = [re.search(r"\.(\d+)\.", name) for name in part["layer"]]
-    part["depth"] = [int(hit.group(1)) if hit else i for i, hit in enumerate(numbers)]
     with drawing(
         f"layers-{run}", f"Layers of {short(run)}", 270, "truncation error; hollow: kept dense"
     ) as canvas:

@@ -113,7 +113,9 @@ def render(study: Study, frames: dict[str, pd.DataFrame], charts: dict[str, list
         headline=headline_grid(study, frames["headline"]),
         runs=runs_grid(study),
         stages=stages_grid(frames["stages"]),
+        kept=kept_grid(study, frames["runs"], frames["fidelity"]),
         fidelity=fidelity_grid(study, frames["fidelity"]),
+        searches=searches_grid(study, tables.searches(study)),
         sketches=sketches_grid(study, tables.sketches(study)),
         overlap=overlap_grid(study, frames["runs"]),
         composition=composition_grids(study, frames["composition"]),
@@ -296,10 +298,63 @@ def stages_grid(frame: pd.DataFrame) -> Grid:
     return Grid(columns, rows)
 
 
+def kept_grid(study: Study, runs: pd.DataFrame, frame: pd.DataFrame) -> Grid | None:
+    """How much influence every proxy keeps, beside a guess from lengths, and at what cost."""
+    measured = set(frame["run"])
+    if not measured:
+        return None
+    columns = [("run", False), ("Spearman", True), ("lengths only", True), ("above lengths", True)]
+    columns += [("loss retention", True), ("parameters", True)]
+    columns += [("FLOPs of scoring", True), ("time of scoring", True)]
+    rows = []
+    for row in runs.to_dict("records"):
+        if row["run"] not in measured:
+            continue
+        above = row["above_length"]
+        by_metric = frame[(frame["run"] == row["run"]) & (frame["task"] == tables.MEAN)]
+        rows.append(
+            [
+                _run_cell(study, row["run"]),
+                _measured(
+                    row["spearman_mean"],
+                    row["spearman_mean_low"],
+                    row["spearman_mean_high"],
+                    2,
+                    "undefined",
+                ),
+                _plain(row["length_spearman"], _two_digits, "all examples have the same length"),
+                Cell(
+                    signed(above, 2),
+                    f"{above:.6g}",
+                    interval(row["above_length_low"], row["above_length_high"], 2),
+                    sure=row["above_length_low"] > 0,
+                )
+                if known(above)
+                else Cell(MISSING, "all examples have the same length"),
+                _fidelity_cell(by_metric.set_index("metric"), "loss_retention", tables.MEAN),
+                *(_plain(row[name], percent, why) for name, why in RATIOS.items()),
+            ]
+        )
+    return Grid(columns, rows)
+
+
+RATIOS = {
+    "parameters_ratio": "not recorded",
+    "flops_ratio": "operations of sketches are not counted",
+    "time_ratio": "a pass did not record its speed",
+}
+"""Costs over the target's, and why one may be missing."""
+
+
+def _two_digits(value: float) -> str:
+    return number(value, 2).replace("-", "\N{MINUS SIGN}")
+
+
 def fidelity_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
-    """All fidelity metrics: a row for each run and task, a column for each metric."""
+    """All measures of agreement: a row for each run and task, a column for each metric."""
     if frame.empty:
         return None
+    frame = frame[~frame["metric"].str.endswith("_ratio")]
     metrics = list(dict.fromkeys(frame["metric"]))
     columns = [
         ("run", False),
@@ -320,6 +375,25 @@ def fidelity_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
                 _plain(float(n), lambda v: f"{v:,.0f}", "not recorded"),
             ]
         )
+    return Grid(columns, rows)
+
+
+def searches_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
+    """Proxies that were tried to find a sparsity."""
+    if frame.empty:
+        return None
+    columns = [("run", False), ("sparsity", True), ("Spearman", True)]
+    columns += [("parameters", True), ("FLOPs of scoring", True), ("verdict", False)]
+    rows = [
+        [
+            _run_cell(study, row["run"]),
+            Cell(f"{row['sparsity']:g}"),
+            _measured(row["spearman"], row["low"], row["high"], 2, "not scored"),
+            *(_plain(row[n], percent, "") for n in ("parameters_ratio", "flops_ratio")),
+            Cell("chosen" if row["chosen"] else row["verdict"]),
+        ]
+        for row in frame.to_dict("records")
+    ]
     return Grid(columns, rows)
 
 
@@ -538,6 +612,7 @@ def costs_grid(study: Study, frame: pd.DataFrame) -> Grid:
             "warmup",
             "probe",
             "decomposition",
+            "sparsity",
             "factors",
             "extraction",
             "proxy",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from iprox.report.artifacts import Artifact, Run, Study
+from iprox.report.artifacts import COMPARED, Artifact, Run, Study
 from iprox.report.compare import Difference, intervals_overlap, paired_difference
 from iprox.report.formats import (
     MISSING,
@@ -50,7 +50,9 @@ def runs(study: Study) -> pd.DataFrame:
     """One row per run: its settings, its size, and its headline numbers.
 
     Columns beside the settings: ``sparsity_effective`` and ``parameters`` over the replaced
-    layers; ``spearman_<task>`` and ``spearman_mean`` with ``_low`` and ``_high`` (95 %);
+    layers; ``spearman_<task>`` and ``spearman_mean`` with ``_low`` and ``_high`` (95 %), and
+    ``above_length``, its distance from what lengths alone reach (``length_spearman``);
+    ``parameters_ratio``, ``flops_ratio`` and ``time_ratio`` of scoring, over the target's;
     ``making_seconds`` of the proxy; ``scoring_seconds`` of the pass over the pool (over its
     fidelity slice for a run until fidelity), ``seconds_per_1000`` examples, and ``speedup`` per
     example against the run that scores with the target; ``loss_<task>`` held out, after
@@ -73,6 +75,8 @@ def _run_row(study: Study, run: Run) -> dict[str, Any]:
         "sparsity": run.sparsity,
         **size(run),
         **_spearman(run, study.tasks),
+        **_above_length(run),
+        **cost_ratios(run),
         "making_seconds": making_seconds(run),
         "scoring_seconds": scoring_seconds(run),
         "seconds_per_1000": seconds_per_1000(study, run),
@@ -107,6 +111,70 @@ def _spearman(run: Run, tasks: list[str]) -> dict[str, float]:
         row[f"{column}_low"] = found["low"] if found else np.nan
         row[f"{column}_high"] = found["high"] if found else np.nan
     return row
+
+
+def _above_length(run: Run) -> dict[str, float]:
+    """What lengths alone reach, and by how much the proxy exceeds it, with interval."""
+    nothing = dict.fromkeys(("value", "low", "high"), np.nan)
+    guess = fidelity_value(run, MEAN, "length_spearman") or nothing
+    above = fidelity_value(run, MEAN, "above_length") or nothing
+    return {
+        "length_spearman": guess["value"],
+        "above_length": above["value"],
+        "above_length_low": above["low"],
+        "above_length_high": above["high"],
+    }
+
+
+def cost_ratios(run: Run) -> dict[str, float]:
+    """What the proxy takes of the target's parameters, scoring FLOPs, and seconds per token."""
+    counted = {
+        name: found["value"] if (found := fidelity_value(run, MEAN, name)) else np.nan
+        for name in ("parameters_ratio", "flops_ratio")
+    }
+    return counted | {"time_ratio": _or_nan(time_ratio(run))}
+
+
+def time_ratio(run: Run) -> float | None:
+    """Seconds per token of the proxy's scoring pass over those of the target's.
+
+    Of the two passes that fidelity compared, which are over the same examples; loading the
+    models is left out.
+    """
+    ours = run.artifacts.get("slice-features") or run.artifacts.get("features")
+    rates = [
+        artifact.metric("tokens_per_s") if artifact else None
+        for artifact in (ours, run.artifacts.get("target-features"))
+    ]
+    return rates[1] / rates[0] if rates[0] and rates[1] else None
+
+
+def searches(study: Study) -> pd.DataFrame:
+    """Proxies that were tried where a sparsity was looked for, ``run`` first."""
+    tables = [
+        run.artifacts["sparsity"].table("tried.parquet").assign(run=run.name)
+        for run in study.runs
+        if "sparsity" in run.artifacts
+    ]
+    if not tables:
+        return pd.DataFrame(columns=["run"])
+    table = pd.concat(tables, ignore_index=True)
+    return table[["run", *(column for column in table.columns if column != "run")]]
+
+
+def fidelity_layers(study: Study) -> pd.DataFrame:
+    """How much of each layer's influence every distinct proxy keeps, ``run`` first."""
+    seen: set[str] = set()
+    tables = []
+    for run in study.runs:
+        measured = run.artifacts.get("fidelity")
+        if measured is None or measured.id in seen:
+            continue
+        seen.add(measured.id)
+        table = measured.table("layers.parquet")
+        tables.append(table.assign(run=run.name)[["run", *table.columns]])
+    columns = ["run", "layer", "task", "spearman", "cosine", "share", "n"]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
 
 
 def fidelity_value(run: Run, task: str, metric: str) -> dict[str, float] | None:
@@ -156,7 +224,7 @@ def speedup(study: Study, run: Run) -> float | None:
     return reference / own if reference and own else None
 
 
-MAKING = ("probe", "decomposition", "factors", "proxy", "extraction", "proxy-warmup")
+MAKING = ("probe", "decomposition", "sparsity", "factors", "proxy", "extraction", "proxy-warmup")
 """Steps that make a proxy: out of the warmed-up target, or of another model."""
 
 
@@ -369,6 +437,7 @@ def costs(study: Study) -> pd.DataFrame:
         }
         for run in study.runs
         for name, artifact in run.artifacts.items()
+        if name not in COMPARED
     ]
     columns = ["run", "step", "id", "seconds", "peak_memory_bytes", "tokens", "flops", "shared_by"]
     return pd.DataFrame(rows, columns=columns)
@@ -458,7 +527,7 @@ def pool_name(study: Study) -> str:
 
 def findings(study: Study) -> list[str]:
     """The answer in sentences, each saying whether its difference is more than noise."""
-    told = [_fidelity_finding(study), _cost_finding(study)]
+    told = [_fidelity_finding(study), _length_finding(study), _cost_finding(study)]
     told += [_loss_finding(study, task) for task in study.tasks]
     return [sentence for sentence in told if sentence]
 
@@ -488,6 +557,24 @@ def _fidelity_finding(study: Study) -> str | None:
     if rivals:
         text += f" Its interval overlaps that of {listed(rivals)}: no order among them is certain."
     return text
+
+
+def _length_finding(study: Study) -> str | None:
+    """Which proxies know more than how long the examples are."""
+    measured = {
+        run.name: found
+        for run in study.drawn_once
+        if (found := fidelity_value(run, MEAN, "above_length")) and known(found["value"])
+    }
+    if not measured:
+        return None
+    beyond = [name for name, found in measured.items() if found["low"] > 0]
+    below = [name for name, found in measured.items() if not found["low"] > 0]
+    text = "A guess from lengths alone, without any model, is "
+    parts = [f"clearly beaten by {listed(beyond)}"] if beyond else []
+    if below:
+        parts.append(f"not clearly beaten by {listed(below)}")
+    return text + ", ".join(parts) + "."
 
 
 def _cost_finding(study: Study) -> str | None:

@@ -47,7 +47,7 @@ def make(job: Job) -> Metrics:
         ModelError: The target's blocks cannot be found, or the new model cannot be saved.
         NumericsError: A hidden state is not finite.
     """
-    sparsity = job.section(ProxySection, "extraction").sparsity
+    sparsity = job.section(ProxySection, "extraction").share_removed
     compute, folder, device = job.params["compute"], job.parents["warmup"], pick_device()
     target = load_model(folder, dtype_of(compute["dtype"]), compute["attention"], device)
     reader = Reader(target, load_tokenizer(folder), {}, device)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -41,15 +43,58 @@ def make(job: Job) -> Metrics:
         ConfigError: Every layer would stay dense.
         NumericsError: A rank exceeds the directions that were kept.
     """
-    proxy = job.section(ProxySection, "factors")
+    proxy = resolved(job)
     source = job.parents["decomposition"]
+    found, layers = cut_layers(source, proxy)
+    tensors = {
+        f"{name}.{side}": tensor.contiguous()
+        for name, factors in found.items()
+        for side, tensor in factors._asdict().items()
+    }
+    settings = job.params["factors"] | {"sparsity": proxy.sparsity}
+    if not tensors:
+        raise ConfigError(
+            "every layer stays dense, so the proxy would be the target itself",
+            where="proxy.sparsity, proxy.rank_multiple",
+            value=(proxy.sparsity, proxy.rank_multiple),
+            fix="raise the sparsity or lower the rank multiple",
+        )
+    save_tensors(job.out / "factors.safetensors", tensors, settings)
+    write_table(job.out / "layers.parquet", layers, settings)
+    # contents only: parents are read-only, and this copy must be writable until it is finished
+    shutil.copytree(
+        source / "spectra.zarr", job.out / "spectra.zarr", copy_function=shutil.copyfile
+    )
+    return _summary(layers)
+
+
+def resolved(job: Job) -> ProxySection:
+    """How the factors are cut; a sparsity that was looked for is the one that was found."""
+    proxy = job.section(ProxySection, "factors")
+    if proxy.sparsity != "auto":
+        return proxy
+    chosen = json.loads((job.parents["sparsity"] / "chosen.json").read_text(encoding="utf-8"))
+    log.info("sparsity %g, as found", chosen["sparsity"])
+    return proxy.model_copy(update={"sparsity": chosen["sparsity"]})
+
+
+def cut_layers(source: Path, proxy: ProxySection) -> tuple[dict[str, Factors], pd.DataFrame]:
+    """Factors of every layer that is replaced, and a row for every layer.
+
+    Args:
+        source: Folder of the decomposition.
+        proxy: How the factors are cut.
+
+    Raises:
+        NumericsError: A rank exceeds the directions that were kept.
+    """
     spectra = open_store(source / "spectra.zarr")
     names = list(spectra.attrs["layers"])
-    found = {name: _spectrum(spectra[f"singular_values/{name}"]) for name in names}
-    ranks = choose_ranks(found, proxy)
+    known = {name: _spectrum(spectra[f"singular_values/{name}"]) for name in names}
+    ranks = choose_ranks(known, proxy)
     if proxy.rank_allocation == "global":
         _warn_of_units(dict(spectra.attrs["settings"]))
-    tensors: dict[str, torch.Tensor] = {}
+    found: dict[str, Factors] = {}
     rows: list[dict[str, Any]] = []
     with (
         safe_open(source / "directions.safetensors", framework="pt") as directions,
@@ -58,26 +103,13 @@ def make(job: Job) -> Metrics:
         for name in names:
             stored = spectra[f"singular_values/{name}"]
             row, factors = _cut(name, stored, ranks[name], directions, proxy)
+            row["weighted_norm"] = weighted_error(known[name], 0)
+            row["weighted_error"] = weighted_error(known[name], ranks[name])
             rows.append(row)
             if factors is not None:
-                tensors[f"{name}.left"] = factors.left.contiguous()
-                tensors[f"{name}.right"] = factors.right.contiguous()
+                found[name] = factors
             progress.advance(1)
-    layers = pd.DataFrame(rows)
-    if not tensors:
-        raise ConfigError(
-            "every layer stays dense, so the proxy would be the target itself",
-            where="proxy.sparsity, proxy.rank_multiple",
-            value=(proxy.sparsity, proxy.rank_multiple),
-            fix="raise the sparsity or lower the rank multiple",
-        )
-    save_tensors(job.out / "factors.safetensors", tensors, job.params["factors"])
-    write_table(job.out / "layers.parquet", layers, job.params["factors"])
-    # contents only: parents are read-only, and this copy must be writable until it is finished
-    shutil.copytree(
-        source / "spectra.zarr", job.out / "spectra.zarr", copy_function=shutil.copyfile
-    )
-    return {**_summary(layers), "error_share": _error_share(found, ranks)}
+    return found, pd.DataFrame(rows)
 
 
 def choose_ranks(spectra: Mapping[str, Spectrum], proxy: ProxySection) -> dict[str, int | None]:
@@ -90,7 +122,7 @@ def choose_ranks(spectra: Mapping[str, Spectrum], proxy: ProxySection) -> dict[s
     Raises:
         ConfigError: Sparsity or rank multiple is out of range.
     """
-    rule = (proxy.sparsity, proxy.rank_multiple, proxy.rank_rounding, proxy.dense_rule)
+    rule = (proxy.share_removed, proxy.rank_multiple, proxy.rank_rounding, proxy.dense_rule)
     shapes = [(one.out_dim, one.in_dim) for one in spectra.values()]
     if proxy.rank_allocation == "uniform":
         ranks = [rank_for(out_dim, in_dim, *rule) for out_dim, in_dim in shapes]
@@ -122,13 +154,6 @@ def _spectrum(stored: zarr.Array) -> Spectrum:
     if about["fallback"]:
         return Spectrum(about["out"], about["in"], torch.zeros_like(values))
     return Spectrum(about["out"], about["in"], values, about["floor"])
-
-
-def _error_share(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | None]) -> float:
-    """Sum of all layers' squared weighted errors, as a share of that of no weights at all."""
-    total = sum(weighted_error(one, 0) for one in spectra.values())
-    lost = sum(weighted_error(one, ranks[name]) for name, one in spectra.items())
-    return lost / total if total else 0.0
 
 
 def _cut(
@@ -181,6 +206,7 @@ def _summary(layers: pd.DataFrame) -> Metrics:
     """Headline numbers over all decomposed layers."""
     parameters, dense = int(layers["parameters"].sum()), int(layers["parameters_dense"].sum())
     replaced = ~layers["kept_dense"]
+    norm, error = float(layers["weighted_norm"].sum()), float(layers["weighted_error"].sum())
     return {
         "layers": len(layers),
         "dense_layers": int(layers["kept_dense"].sum()),
@@ -188,4 +214,5 @@ def _summary(layers: pd.DataFrame) -> Metrics:
         "parameters": parameters,
         "parameters_dense": dense,
         "sparsity_effective": effective_sparsity(parameters, dense),
+        "error_share": error / norm if norm else 0.0,
     }

@@ -74,6 +74,44 @@ class Features:
 
 
 @dataclass(frozen=True)
+class LayerDots:
+    """What each layer adds to examples' inner products with the query gradients.
+
+    Attributes:
+        layers: Layers of the dense model; of a factorised one both factors are added up.
+        dots: Inner products, (examples, columns, layers) float32.
+    """
+
+    layers: list[str]
+    dots: np.ndarray
+
+    def contributions(self, features: Features, score: str) -> dict[str, np.ndarray]:
+        """What each layer adds to every example's score; over layers they sum to the score.
+
+        Of several columns of a task the one counts that the score is taken from.
+
+        Args:
+            features: The features of the same examples.
+            score: ``cosine`` or ``dot``.
+
+        Returns:
+            Task -> (examples, layers) float64; zero for examples that cannot be scored.
+        """
+        matrix = influence(features.dots, features.norms, features.query_norms, score)
+        owners = np.array([column.split("/")[0] for column in features.columns])
+        found = {}
+        for task in features.tasks:
+            own = np.flatnonzero(owners == task)
+            best = own[matrix[:, own].argmax(axis=1)]
+            parts = self.dots[np.arange(len(best)), best].astype(np.float64)
+            if score == "cosine":
+                norms = np.where(features.norms > 0, features.norms, np.inf)
+                parts /= (norms * features.query_norms[best])[:, None]
+            found[task] = parts
+        return found
+
+
+@dataclass(frozen=True)
 class QuerySketches:
     """Sketches of the query gradients of all tasks, made with the map of a sketched pool.
 
@@ -137,6 +175,20 @@ class FeatureStore:
         }
         ids = pa.concat_arrays([b.example_id for b in blocks])
         return Features(ids, columns=self.columns, query_norms=self.query_norms, **joined)
+
+    def layer_dots(self) -> LayerDots | None:
+        """Inner products by layer, of the examples of :meth:`read`; None when none were kept."""
+        if not all("layer_dots" in shard for _, shard in self.shards):
+            return None
+        layers = [str(name) for name in self.shards[0][1]["layers"][:]]
+        return LayerDots(
+            layers, np.concatenate([shard["layer_dots"][:] for _, shard in self.shards])
+        )
+
+    def count(self, name: str) -> float | None:
+        """A count in the shards' attributes, summed; None when one does not say."""
+        counts = [shard.attrs.get(name) for _, shard in self.shards]
+        return None if None in counts else float(sum(counts))
 
     def _block(self, shard: Any, ids: pa.Array, rows: slice) -> Features:
         arrays = {name: shard[name][rows] for name in ("norms", "loss", "tokens", "supervised")}

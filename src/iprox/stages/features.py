@@ -8,7 +8,7 @@ shard's rows are in pool order whatever the batches were, and all shards togethe
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,10 +19,11 @@ from torch import Tensor
 from iprox.engine.scoring import Scorer
 from iprox.models.device import dtype_of
 from iprox.models.flops import load_of, network_of
+from iprox.models.layers import replaced_layer
 from iprox.numerics import flops
 from iprox.progress import Track, track
 from iprox.stages.feature_store import PER_EXAMPLE, Features
-from iprox.stages.passes import Reader, free_bytes, open_reader
+from iprox.stages.passes import Reader, free_bytes, model_sizes, open_reader
 from iprox.stages.queries import Queries, open_queries
 from iprox.stages.sketches import make_sketches
 from iprox.stages.texts import Texts, pool_ids, pool_texts, split_ids
@@ -34,13 +35,19 @@ log = logging.getLogger(__name__)
 
 WHOLE_POOL = "all"
 
+LAYER_DOTS_BYTES = 64 * 2**20
+"""Inner products are kept layer by layer up to this size: always of a slice that fidelity is
+measured on, and of pools that are about as small (three tasks and 210 layers: 26,000 examples)."""
+
 
 def make(job: Job) -> Metrics:
     """Write ``shard.zarr``: the rows ``job.rows`` of the examples to score, all when absent.
 
     Its arrays are those of :class:`Features`, with the kernels used and the settings in its
-    root attributes; or, when the job has a section ``features``, those of
-    :func:`iprox.stages.sketches.make_sketches`.
+    root attributes; and, where those of all examples take less than ``LAYER_DOTS_BYTES``,
+    ``layer_dots`` (examples, columns, layers), what each layer of the dense model adds to the
+    dots, and ``layers``. When the job has a section ``features``, they are those of
+    :func:`iprox.stages.sketches.make_sketches` instead.
 
     Returns:
         Counts of examples and tokens, and the number of passes.
@@ -59,11 +66,18 @@ def make(job: Job) -> Metrics:
         job.parents["pool"], ids[start:stop], reader.tokenizer, job.section(ChatSection, "chat")
     )
     influence = job.section(InfluenceSection, "influence")
-    scored = score_texts(reader, queries, texts, influence)
+    layers = layer_groups(reader.layers)[0]
+    # of all examples, not the shard's: one shard must not decide otherwise than the next
+    fits = 4 * len(ids) * len(queries.columns) * len(layers) <= LAYER_DOTS_BYTES
+    scored = score_texts(reader, queries, texts, influence, keep_layers=fits)
     features = scored.features
+    network, load = network_of(reader.model, reader.layers), load_of(texts.encoded)
+    n_queries = len(queries.columns)
     store = create_store(
         job.out / "shard.zarr",
         {
+            **model_sizes(reader),
+            "flops": flops.features(network, load, n_queries, query_rank=influence.query_rank),
             "kernels": scored.kernels,
             "loss_reduction": influence.loss_reduction,
             "queries": queries.about(),
@@ -79,17 +93,14 @@ def make(job: Job) -> Metrics:
         put(store, name, array, ("examples", "columns")[: array.ndim])
     put(store, "columns", np.array(features.columns), ("columns",))
     put(store, "query_norms", features.query_norms, ("columns",))
+    if scored.layer_dots is not None:
+        put(store, "layer_dots", scored.layer_dots, ("examples", "columns", "layers"))
+        put(store, "layers", np.array(layers, dtype=str), ("layers",))
     return {
         **texts.counts(),
         "passes": scored.n_passes,
         "skipped": len(scored.skipped),
-        "flops": flops.features(
-            network_of(reader.model, reader.layers),
-            load_of(texts.encoded),
-            len(queries.columns),
-            scored.n_passes,
-            influence.query_rank,
-        ),
+        "flops": flops.features(network, load, n_queries, scored.n_passes, influence.query_rank),
     }
 
 
@@ -101,12 +112,22 @@ def example_ids(job: Job) -> list[str]:
     return sorted(split_ids(job.parents["split"], subset))
 
 
+def layer_groups(scored: Sequence[str] | Mapping[str, object]) -> tuple[list[str], list[int]]:
+    """The dense model's layers, and for each scored linear the place of the one it belongs to."""
+    owners = [replaced_layer(name) for name in scored]
+    layers = list(dict.fromkeys(owners))
+    places = {layer: place for place, layer in enumerate(layers)}
+    return layers, [places[owner] for owner in owners]
+
+
 @dataclass
 class Scored:
     """What came out of scoring a shard.
 
     Attributes:
         features: Inner products, norms and losses.
+        layer_dots: Inner products by layer of the dense model, the two factors of a layer added
+            up, (examples, columns, layers) float32; None when they are not wanted.
         kernels: Which kernel layers of each shape used, and why.
         truncation: Share of each column's query norm that ``query_rank`` and ``query_dtype``
             left out.
@@ -115,6 +136,7 @@ class Scored:
     """
 
     features: Features
+    layer_dots: np.ndarray | None = None
     kernels: list[dict[str, int | str]] = field(default_factory=list)
     truncation: list[float] = field(default_factory=list)
     n_passes: int = 0
@@ -122,7 +144,11 @@ class Scored:
 
 
 def score_texts(
-    reader: Reader, queries: Queries, texts: Texts, influence: InfluenceSection
+    reader: Reader,
+    queries: Queries,
+    texts: Texts,
+    influence: InfluenceSection,
+    keep_layers: bool = False,
 ) -> Scored:
     """Score encoded examples against all queries.
 
@@ -144,6 +170,9 @@ def score_texts(
     scorable = np.flatnonzero(supervised)
     blocks = list(_column_blocks(reader, len(queries.columns), influence))
     scored = Scored(features)
+    if keep_layers:
+        n_layers = len(layer_groups(reader.layers)[0])
+        scored.layer_dots = np.zeros((n, len(queries.columns), n_layers), dtype=np.float32)
     with track(len(scorable) * len(blocks), "examples", "scoring") as progress:
         for block in blocks:
             scorer = Scorer(
@@ -184,17 +213,24 @@ def _fill(
 
     An example that is skipped has no loss, the norm 0 and inner products of 0.
     """
-    features = scored.features
+    features, (layers, groups) = scored.features, layer_groups(reader.layers)
+    own = slice(columns.start, columns.stop)
     for indices, batch in reader.batches([texts.encoded[i] for i in scorable]):
         rows = scorable[indices]
         scores = scorer.score(batch, [texts.encoded[i].example_id for i in rows])
-        features.dots[rows, columns.start : columns.stop] = scores.dots.cpu().numpy()
+        features.dots[rows, own] = scores.dots.cpu().numpy()
+        if scored.layer_dots is not None:
+            by_layer = torch.zeros(len(layers), *scores.dots.shape, dtype=torch.float64)
+            by_layer.index_add_(0, torch.tensor(groups), scores.layer_dots.cpu())
+            scored.layer_dots[rows, own] = by_layer.permute(1, 2, 0).numpy()
         features.norms[rows] = scores.squared_norms.sqrt().cpu().numpy()
         features.loss[rows] = scores.losses.double().cpu().numpy()
         for place, where in scores.unusable.items():
             row = rows[place]
             scored.skipped[texts.encoded[row].example_id] = where
             features.dots[row], features.norms[row], features.loss[row] = 0, 0, np.nan
+            if scored.layer_dots is not None:
+                scored.layer_dots[row] = 0
         progress.advance(len(rows), tokens=int(batch.lengths.sum()))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 
 from iprox.errors import ArtifactError, NumericsError
 from iprox.numerics.correlation import (
@@ -19,7 +20,8 @@ from iprox.numerics.correlation import (
     spearman,
     top_overlap,
 )
-from iprox.stages.feature_store import Features, open_scored, restrict
+from iprox.numerics.regression import cross_validated_ridge
+from iprox.stages.feature_store import Features, FeatureStore, open_scored, restrict
 from iprox.stages.texts import split_ids
 from iprox.store.job import Job, Metrics
 from iprox.store.tables import write_table
@@ -31,15 +33,24 @@ MEAN = "mean"
 
 
 def make(job: Job) -> Metrics:
-    """Write ``fidelity.parquet``: ``task, metric, value, low, high, n``.
+    """Write ``fidelity.parquet`` and ``layers.parquet``.
 
-    Metrics are ``spearman``, ``kendall``, ``pearson`` and ``top_<percent>`` (shared part of the
-    best examples); the task ``mean`` is their mean over tasks, and has the rows
-    ``loss_mean_proxy``, ``loss_mean_target`` and ``loss_retention`` (target's loss over the
-    proxy's) besides. ``low`` and ``high`` bound the 95 % bootstrap interval over examples.
+    ``fidelity.parquet`` has the columns ``task, metric, value, low, high, n``. Metrics are
+    ``spearman``, ``kendall``, ``pearson`` and ``top_<percent>`` (shared part of the best
+    examples); ``length_spearman``, what a guess from lengths alone reaches, and
+    ``above_length``, by how much the proxy's Spearman exceeds it. The task ``mean`` is their mean
+    over tasks, and has these rows besides: ``loss_mean_proxy``, ``loss_mean_target`` and
+    ``loss_retention`` (target's loss over the proxy's); ``parameters_ratio`` of the whole
+    models, ``scored_parameters_ratio`` of the layers whose gradients count, and ``flops_ratio``
+    of the two scoring passes (proxy's over target's, no interval). ``low`` and ``high`` bound the
+    95 % bootstrap interval over examples.
+
+    ``layers.parquet`` has a row per layer and task, see :func:`layer_table`; none when a pass
+    kept no inner products by layer, as passes that make sketches.
 
     Returns:
-        Number of examples compared and left out, and each metric's mean over tasks.
+        Number of examples compared and left out, of layers compared and of those that only one
+        model has, and each metric's mean over tasks.
 
     Raises:
         ArtifactError: The two passes are of different examples or tasks.
@@ -47,21 +58,29 @@ def make(job: Job) -> Metrics:
     """
     section = job.section(FidelitySection, "fidelity")
     score = job.section(InfluenceSection, "influence").score
-    proxy, target = (open_scored(job, r, f"{r}_query").read() for r in ("proxy", "target"))
+    stores = [open_scored(job, r, f"{r}_query") for r in ("proxy", "target")]
+    proxy, target = whole = [store.read() for store in stores]
+    _check_same(proxy, target)
+    kept = np.ones(len(proxy.example_id), dtype=bool)
     if "split" in job.parents:
         ids = split_ids(job.parents["split"], "fidelity")
-        proxy, target = restrict(proxy, ids), restrict(target, ids)
-    _check_same(proxy, target)
+        proxy, target = (restrict(features, ids) for features in whole)
+        kept = pc.is_in(whole[0].example_id, proxy.example_id).to_numpy(zero_copy_only=False)
     pairs, scorable = score_pairs(proxy, target, score)
-    rows = agreement(pairs, section) + losses(proxy, target, scorable, section)
+    rows = agreement(pairs, section) + above_length(pairs, target, scorable, section)
+    rows += losses(proxy, target, scorable, section) + cost_ratios(stores)
     table = pd.DataFrame(rows)
+    kept[kept] = scorable
+    layers, layer_counts = layer_table(stores, whole, kept, score)
     n_left_out = int((~scorable).sum())
     if n_left_out:
         log.warning("%d of %d examples cannot be scored", n_left_out, len(scorable))
     counts = {"examples": int(scorable.sum()), "left_out": n_left_out}
     write_table(job.out / "fidelity.parquet", table, {**counts, "score": score})
-    means = table[table["task"] == MEAN]
-    return {**counts, **dict(zip(means["metric"], means["value"].tolist(), strict=True))}
+    write_table(job.out / "layers.parquet", layers, {**counts, **layer_counts, "score": score})
+    means = table[(table["task"] == MEAN) & table["value"].notna()]
+    known = dict(zip(means["metric"], means["value"].tolist(), strict=True))
+    return {**counts, **layer_counts, **known}
 
 
 def score_pairs(
@@ -122,6 +141,131 @@ def agreement(
         n = len(next(iter(pairs.values()))[0])
         rows.append(_row(MEAN, metric, float(np.mean(values)), np.mean(draws, axis=0), n))
     return rows
+
+
+def above_length(
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    target: Features,
+    scorable: np.ndarray,
+    section: FidelitySection,
+) -> list[dict[str, Any]]:
+    """Rows of what lengths alone say about the target's scores, and how much more the proxy does.
+
+    The guess is a ridge regression of the target's scores on the number of tokens, its logarithm
+    and the number of supervised tokens, five-fold cross-validated. The difference is taken on the
+    same resamples of examples; the guesses are not fitted anew for each. Both are NaN when all
+    lengths are equal.
+    """
+    tokens, supervised = target.tokens[scorable], target.supervised[scorable]
+    lengths = np.column_stack([tokens, np.log(tokens), supervised]).astype(np.float64)
+    rows: dict[str, list[tuple[str, float, np.ndarray]]] = {"length_spearman": []}
+    rows["above_length"] = []
+    for task, (ours, theirs) in pairs.items():
+        guess = cross_validated_ridge(lengths, theirs.astype(np.float64), seed=section.seed)
+        by_guess = float(spearman(guess, theirs))
+        guessed, found = (
+            bootstrap(spearman, scores, theirs, section.bootstrap, section.seed)
+            for scores in (guess, ours)
+        )
+        rows["length_spearman"].append((task, by_guess, guessed))
+        difference = float(spearman(ours, theirs)) - by_guess
+        rows["above_length"].append((task, difference, found - guessed))
+    n = int(scorable.sum())
+    return [
+        _row(task, metric, value, draws, n)
+        for metric, measured in rows.items()
+        for task, value, draws in [*measured, _mean_over_tasks(measured)]
+    ]
+
+
+def _mean_over_tasks(
+    measured: list[tuple[str, float, np.ndarray]],
+) -> tuple[str, float, np.ndarray]:
+    """The mean of values and, resample by resample, of their draws."""
+    _, values, draws = zip(*measured, strict=True)
+    return MEAN, float(np.mean(values)), np.mean(draws, axis=0)
+
+
+def cost_ratios(stores: Sequence[FeatureStore]) -> list[dict[str, Any]]:
+    """Rows of the proxy's size and operations over the target's, where both passes counted them.
+
+    Args:
+        stores: Features of the proxy and of the target.
+    """
+    rows = []
+    for metric, count in (
+        ("parameters_ratio", "parameters"),
+        ("scored_parameters_ratio", "scored_parameters"),
+        ("flops_ratio", "flops"),
+    ):
+        # every shard states the whole model's sizes, but its own operations
+        ours, theirs = (
+            store.count(count) if count == "flops" else store.shards[0][1].attrs.get(count)
+            for store in stores
+        )
+        if ours is not None and theirs is not None:
+            n = sum(shard["example_id"].shape[0] for _, shard in stores[0].shards)
+            rows.append(_row(MEAN, metric, ours / theirs, np.zeros(0), n))
+    return rows
+
+
+def layer_table(
+    stores: Sequence[FeatureStore], features: Sequence[Features], kept: np.ndarray, score: str
+) -> tuple[pd.DataFrame, Metrics]:
+    """How much of each layer's influence the proxy keeps.
+
+    A layer's influence is what it adds to an example's score; over all layers it sums to the
+    score. Of a factorised layer both factors are added up.
+
+    Args:
+        stores: Features of the proxy and of the target.
+        features: All their examples.
+        kept: Who of them is compared, (examples,).
+        score: ``cosine`` or ``dot``.
+
+    Returns:
+        ``layer, task, spearman, cosine, share, n``: rank correlation and cosine, over examples,
+        of the layer's influence in proxy and target (NaN where one of them is constant), and the
+        layer's share of the sum of all layers' mean absolute influence in the target; the task
+        ``mean`` averages them. And counts of layers compared, of those that one model lacks, and
+        of undefined correlations.
+    """
+    columns = ["layer", "task", "spearman", "cosine", "share", "n"]
+    ours, theirs = (store.layer_dots() for store in stores)
+    if ours is None or theirs is None:
+        log.warning(
+            "influence is not compared layer by layer: a pass kept no inner products of layers "
+            "(it made sketches, or the slice is too large)"
+        )
+        return pd.DataFrame(columns=columns), {"layers": 0, "unmatched_layers": 0}
+    common = [layer for layer in theirs.layers if layer in set(ours.layers)]
+    n_unmatched = len(set(ours.layers) ^ set(theirs.layers))
+    if n_unmatched:
+        log.warning("%d layers are in one model only and not compared", n_unmatched)
+    proxys, targets = (
+        layers.contributions(read, score)
+        for layers, read in zip((ours, theirs), features, strict=True)
+    )
+    rows = []
+    for task in targets:
+        a, b = proxys[task][kept].T, targets[task][kept].T  # (layers, examples)
+        shares = np.abs(b).mean(1) / max(np.abs(b).mean(1).sum(), np.finfo(float).tiny)
+        for layer in common:
+            x, y = a[ours.layers.index(layer)], b[theirs.layers.index(layer)]
+            share = float(shares[theirs.layers.index(layer)])
+            rows.append([layer, task, float(spearman(x, y)), cosine(x, y), share, len(x)])
+    table = pd.DataFrame(rows, columns=columns)
+    undefined = int(table["spearman"].isna().sum())
+    means = table.groupby("layer", sort=False, as_index=False)[columns[2:5]].mean()
+    means = means.assign(task=MEAN, n=int(kept.sum()))[columns]
+    counts: Metrics = {"layers": len(common), "unmatched_layers": n_unmatched}
+    return pd.concat([table, means], ignore_index=True), counts | {"undefined_layers": undefined}
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Cosine of two vectors; NaN when one is zero."""
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / norms if norms > 0 else float("nan")
 
 
 def losses(

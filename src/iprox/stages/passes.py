@@ -49,6 +49,14 @@ def open_reader(job: Job, role: str) -> Reader:
     return Reader(model, load_tokenizer(folder), layers, device)
 
 
+def model_sizes(reader: Reader) -> dict[str, int]:
+    """Parameters of the model, tied ones counted once, and weights of its scored layers."""
+    return {
+        "parameters": sum(p.numel() for p in reader.model.parameters()),
+        "scored_parameters": sum(layer.weight.numel() for layer in reader.layers.values()),
+    }
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be taken on a device."""
     if device.type == "cuda":

@@ -74,7 +74,7 @@ def make(job: Job) -> Metrics:
             gradients = group_gradient(reader, members, influence, progress)
             for name, gradient in gradients.items():
                 store[f"gradients/{name}"][place] = gradient.float().cpu().numpy()
-            norms.append(_norm(gradients, group))
+            norms.append(gradient_norm(gradients, group))
     put(store, "norms", np.array(norms), ("groups",))
     put(store, "group", np.array(list(groups)), ("groups",))
     load = load_of(texts.encoded)
@@ -139,7 +139,7 @@ def query_norms(reader: Reader, queries: list[Encoded], reduction: str) -> Tenso
     return norms
 
 
-def _norm(gradients: dict[str, Tensor], group: str) -> float:
+def gradient_norm(gradients: dict[str, Tensor], group: str) -> float:
     """Norm over all layers, summed in float64."""
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
     if not (math.isfinite(norm) and norm > 0):

@@ -29,6 +29,7 @@ def make(job: Job) -> Metrics:
         "headline": tables.headline(study),
         "runs": tables.runs(study),
         "fidelity": tables.fidelity(study),
+        "fidelity_layers": tables.fidelity_layers(study),
         "heldout": tables.heldout(study),
         "agreement": tables.agreement(study),
         "composition": selected.composition(study),

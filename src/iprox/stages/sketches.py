@@ -21,7 +21,7 @@ from iprox.numerics.correlation import spearman
 from iprox.numerics.sketch import CountSketch, Logra, RandomProjection, Sketch
 from iprox.progress import track
 from iprox.stages.feature_store import QuerySketches
-from iprox.stages.passes import Reader
+from iprox.stages.passes import Reader, model_sizes
 from iprox.stages.queries import Queries, open_queries
 from iprox.stages.texts import pool_blocks, pool_texts
 from iprox.store.arrays import CHUNK_BYTES, allocate, create_store, put
@@ -68,7 +68,8 @@ def make_sketches(job: Job, reader: Reader, ids: list[str]) -> Metrics:
     shapes = {n: (layer.out_features, layer.in_features) for n, layer in reader.layers.items()}
     sketch = build_sketch(section, shapes, reader.device)
     start, stop = job.rows or (0, len(ids))
-    store = create_store(job.out / "shard.zarr", attributes(sketch, section.dtype, reduction))
+    about = attributes(sketch, section.dtype, reduction) | model_sizes(reader)
+    store = create_store(job.out / "shard.zarr", about)
     sketcher = Sketcher(
         reader.model,
         reader.layers,

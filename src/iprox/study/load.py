@@ -55,8 +55,11 @@ class Run:
         return self.config.proxy.kind if self.config.scorer.kind == "gradient" else None
 
     @property
-    def sparsity(self) -> float | None:
-        """Share of the target that the run asks to remove; None when it removes nothing."""
+    def sparsity(self) -> float | str | None:
+        """Share of the target that the run asks to remove, ``auto`` for one that is looked for.
+
+        None when it removes nothing.
+        """
         made_of_target = self.proxy not in (None, "target", "model")
         return self.config.proxy.sparsity if made_of_target else None
 
@@ -296,16 +299,15 @@ def _validate(
         return model.model_validate(raw)
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        first = problems[0]
-        path = tuple(
-            p for p in first["loc"] if not str(p).startswith(("function-", "constrained-"))
-        )
+        first, path = problems[0], _key_path(problems[0])
+        same = [p for p in problems if _key_path(p) == path]  # one for each form a value may have
         inherited = under is not None and path and path[0] not in under
         full = path if inherited else (*prefix, *path)
         key = ".".join(map(str, full))
-        more = f" ({len(problems) - 1} more problems after this one)" if len(problems) > 1 else ""
+        others = len(problems) - len(same)
+        more = f" ({others} more problems after this one)" if others else ""
         allowed: object = None
-        what = f"{key or 'the study'}: {_plain(first)}{more}"
+        what = f"{key or 'the study'}: {_plain(same)}{more}"
         if first["type"] == "extra_forbidden":
             what = f"unknown key {key}{more}"
             allowed = did_you_mean(str(path[-1]), _keys_at(model, path[:-1]))
@@ -320,9 +322,18 @@ def _validate(
         ) from None
 
 
-def _plain(problem: Any) -> str:
-    """Pydantic's message without its preamble."""
-    return shorten(problem["msg"].removeprefix("Value error, "))
+def _key_path(problem: Any) -> tuple[Any, ...]:
+    """Where a problem is, without Pydantic's names of the forms that a value may have."""
+    forms = ("function-", "constrained-", "literal[")
+    path = tuple(p for p in problem["loc"] if not str(p).startswith(forms))
+    return path[:-1] if path and path[-1] in ("int", "float", "str") else path
+
+
+def _plain(problems: Sequence[Any]) -> str:
+    """Pydantic's messages about one key without their preambles."""
+    first, *others = (problem["msg"].removeprefix("Value error, ") for problem in problems)
+    rest = (message.removeprefix("Input should be ") for message in others)
+    return shorten(", or ".join([first, *rest]))
 
 
 def _keys_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:

@@ -224,11 +224,16 @@ class ProxySection(Section):
         "target is, and reads texts with its own tokenizer.",
     )
     revision: str | None = Field(None, description="kind model: hub commit or tag.")
-    sparsity: float = Field(
+    sparsity: Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5,
+        description="Share of each replaced layer's parameters removed (kind layers: of blocks); "
+        "auto: of 0.1, 0.2, ... 0.9 the highest at which fidelity.floor is met, before alignment.",
+    )
+    max_cost: float | None = Field(
+        None,
         gt=0,
         lt=1,
-        description="Share of each replaced layer's parameters removed (kind layers: of blocks).",
+        description="sparsity auto: most FLOPs of scoring, as a share of the target's.",
     )
     rank_multiple: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto",
@@ -274,6 +279,24 @@ class ProxySection(Section):
         if self.kind == "model" and self.model is None:
             raise ValueError("kind model needs proxy.model: the name or folder of a smaller model")
         return self
+
+    @model_validator(mode="after")
+    def _only_auto_has_a_ceiling(self) -> ProxySection:
+        if self.max_cost is not None and self.sparsity != "auto":
+            raise ValueError("max_cost needs sparsity: auto; a given sparsity has the cost it has")
+        return self
+
+    @model_validator(mode="after")
+    def _only_factors_have_a_sparsity_to_find(self) -> ProxySection:
+        if self.kind == "layers" and self.sparsity == "auto":
+            raise ValueError("sparsity auto needs kind ipsvd or svd; give kind layers a number")
+        return self
+
+    @property
+    def share_removed(self) -> float:
+        """The sparsity, once it is a number."""
+        assert self.sparsity != "auto"
+        return self.sparsity
 
     @property
     def is_factorised(self) -> bool:
@@ -418,6 +441,13 @@ class FidelitySection(Section):
     """Comparison of a proxy's scores with the target's on the fidelity slice."""
 
     enabled: bool = Field(True, description="Measure fidelity of every proxy.")
+    floor: float | None = Field(
+        0.8,
+        gt=-1,
+        lt=1,
+        description="sparsity auto: least mean Spearman with the target; null: take the largest "
+        "proxy within proxy.max_cost.",
+    )
     top: list[Fraction] = Field(
         default=[0.05, 0.1, 0.2],
         min_length=1,
@@ -468,6 +498,17 @@ class ReportSection(Section):
     """What the report shows. Nothing here changes a result."""
 
     examples: int = Field(10, ge=1, le=100, description="Best and worst examples shown per task.")
+
+
+class SyntheticSection(Section):
+    """The experiment on made-up data (``snakemake f3``). No part of a study file."""
+
+    seeds: int = Field(3, ge=1, description="Random tasks and networks.")
+    sparsities: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+        min_length=1,
+        description="Share of each layer's parameters removed.",
+    )
 
 
 class RunConfig(Section):
