@@ -5,6 +5,8 @@ The order of a study, a rule each; every arrow is a file:
     pool, task, target ─> split ─> warmup ─> probe ─> decomposition ─> factors ─> proxy
       ─> query ─> features (shards) ─> ranking ─> selection ─> finetune ─> evaluation ─> report
                                      └> fidelity (proxy against target)
+    for second-order influence, between query and features: covariance (shards) ─> curvature
+      ─> eigenvalues (shards) ─> direction
 
 Run `snakemake` for everything, or one of: rankings, fidelities, selections, report.
 """
@@ -22,6 +24,7 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/resources.smk"
 include: "workflow/rules/inputs.smk"
 include: "workflow/rules/proxy.smk"
+include: "workflow/rules/curvature.smk"
 include: "workflow/rules/influence.smk"
 include: "workflow/rules/outcome.smk"
 
@@ -38,6 +41,8 @@ localrules:
     selection,
     fidelity,
     features,
+    covariance,
+    eigenvalues,
 
 
 rule all:

@@ -17,7 +17,7 @@ from iprox.cli.costing import Question, forecast
 from iprox.cli.main import app
 from iprox.errors import ConfigError, ModelError
 from iprox.numerics.ranks import model_size
-from iprox.plan.estimate import Estimator, Need
+from iprox.plan.estimate import Estimator, Need, needs_model
 from iprox.plan.forecast import Line, Measured, check, comparable, makespan, measured_rates
 from iprox.plan.history import Made, read_history
 from iprox.plan.plan import Node, Plan, plan_study
@@ -117,6 +117,34 @@ def test_a_query_stores_a_gradient_per_group_and_linear() -> None:
     net = estimator.network(thin.parents["model"], thin.params["layers"])
     assert estimator.need(thin).disk == 4 * net.factor_weights < 4 * LINEARS
     assert estimator.need(thin).flops < estimator.need(dense).flops
+
+
+def test_curvature_by_hand() -> None:
+    plan = planned(
+        runs={
+            "e": {"proxy": {"kind": "target"}, "influence": {"estimator": "ekfac"}},
+            "d": {"proxy": {"kind": "target"}, "influence": {"estimator": "datainf"}},
+        },
+        split=STUDY["split"] | {"fisher": 20},
+        shards=2,
+    )
+    estimator = Estimator(ARCH, volumes())
+    of = {s: estimator.need(node(plan, s)) for s in ("covariance", "curvature", "eigenvalues")}
+    # inputs of q, o, gate and down; outputs of q, o, down, of k, v, and of gate, up
+    sides = [8, 8, 8, 16, 8, 8, 8, 4, 4, 16, 16]
+    squares, tokens = sum(side**2 for side in sides), 20 * 10
+    assert of["covariance"].disk == 2 * 4 * squares  # two shards
+    assert of["curvature"].disk == 4 * squares
+    assert of["curvature"].flops == 9 * sum(side**3 for side in sides)
+    assert of["eigenvalues"].disk == 2 * 4 * LINEARS
+    difference = of["eigenvalues"].flops - of["covariance"].flops
+    assert difference == pytest.approx(2 * tokens * LINEARS)
+    ekfac, datainf = (node(plan, "direction", kind) for kind in ("ekfac", "datainf"))
+    assert estimator.need(ekfac).disk == 4 * LINEARS == estimator.need(datainf).disk
+    assert estimator.need(ekfac).tokens == 0
+    assert not needs_model(ekfac)
+    assert estimator.need(datainf).tokens == 2 * tokens
+    assert needs_model(datainf)
 
 
 def test_needs_grow_with_the_pool_where_they_must() -> None:

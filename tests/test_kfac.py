@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from iprox.errors import NumericsError
+from iprox.numerics.blocks import block_sides
 from iprox.numerics.kfac import (
     Damping,
     Eigenbasis,
     LayerCurvature,
     add_second_moment,
     add_squared_gradients,
-    block_sides,
     eigenbasis,
 )
 

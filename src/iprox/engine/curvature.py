@@ -18,12 +18,12 @@ from iprox.engine.capture import PackedVisitor, check_finite, packed_pass, same_
 from iprox.engine.head import draw_tokens
 from iprox.engine.loss import IGNORE, Batch
 from iprox.engine.packed import Packed, pack
+from iprox.numerics.blocks import block_sides
 from iprox.numerics.ghost import widen
 from iprox.numerics.kfac import (
     Eigenbasis,
     add_second_moment,
     add_squared_gradients,
-    block_sides,
 )
 from iprox.numerics.sketch import layer_key, uniforms
 

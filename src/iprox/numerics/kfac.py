@@ -122,7 +122,8 @@ class LayerCurvature:
         else:
             damped = self.eigenvalues() + amount
         smallest, largest = float(damped.min()), float(damped.max())
-        limit = max(damped.shape) * torch.finfo(damped.dtype).eps * largest
+        noise = max(damped.shape) if amount == 0 else 1  # of eigenvalues that should be zero
+        limit = noise * torch.finfo(damped.dtype).eps * largest
         if not (math.isfinite(largest) and smallest > limit):
             raise NumericsError(
                 "the curvature of a layer cannot be inverted",
@@ -163,12 +164,6 @@ class LayerCurvature:
         within = self.inputs.into(self.grads.into(gradients.mT).mT)
         scaled = within / self.denominators(damping)
         return self.inputs.back(self.grads.back(scaled.mT).mT)
-
-
-def block_sides(dim: int, limit: int) -> list[int]:
-    """Sides of the contiguous blocks a second moment is split into; they differ by at most 1."""
-    blocks = -(-dim // limit)
-    return [dim * (i + 1) // blocks - dim * i // blocks for i in range(blocks)]
 
 
 def add_second_moment(blocks: Sequence[Tensor], rows: Tensor) -> None:

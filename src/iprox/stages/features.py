@@ -8,21 +8,19 @@ shard's rows are in pool order whatever the batches were, and all shards togethe
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from iprox.engine.scoring import Scorer
 from iprox.models.flops import load_of, network_of
 from iprox.numerics import flops
 from iprox.progress import Track, track
 from iprox.stages.feature_store import PER_EXAMPLE, Features
-from iprox.stages.passes import Reader, free_bytes, open_reader
-from iprox.stages.queries import Queries, open_queries
+from iprox.stages.passes import Reader, column_blocks, free_bytes, open_reader
+from iprox.stages.queries import Columns, Queries, open_queries
 from iprox.stages.sketches import make_sketches
 from iprox.stages.texts import Texts, pool_ids, pool_texts, split_ids
 from iprox.store.arrays import create_store, put
@@ -141,7 +139,7 @@ def score_texts(
             scorer = Scorer(
                 reader.model,
                 reader.layers,
-                _Columns(reader, queries, block),
+                Columns(queries, block, reader.device),
                 influence.loss_reduction,
                 query_rank=influence.query_rank,
                 skip_nonfinite=influence.on_nonfinite == "skip",
@@ -189,22 +187,6 @@ def _fill(
         progress.advance(len(rows), tokens=int(batch.lengths.sum()))
 
 
-class _Columns(Mapping[str, Tensor]):
-    """The query gradients of some columns by layer, each read when it is asked for."""
-
-    def __init__(self, reader: Reader, queries: Queries, columns: range) -> None:
-        self.reader, self.queries, self.columns = reader, queries, columns
-
-    def __getitem__(self, layer: str) -> Tensor:
-        return torch.from_numpy(self.queries.load(layer, self.columns)).to(self.reader.device)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.reader.layers)
-
-    def __len__(self) -> int:
-        return len(self.reader.layers)
-
-
 def _column_blocks(reader: Reader, n_columns: int, query_rank: int) -> Iterator[range]:
     """Columns in blocks whose query gradients fit in half of the free memory."""
     column_bytes = 0
@@ -212,6 +194,4 @@ def _column_blocks(reader: Reader, n_columns: int, query_rank: int) -> Iterator[
         out, features = layer.weight.shape
         thin = 0 < query_rank < min(out, features)
         column_bytes += 4 * (query_rank * (out + features) if thin else out * features)
-    size = max(1, free_bytes(reader.device) // 2 // column_bytes)
-    for start in range(0, n_columns, size):
-        yield range(start, min(start + size, n_columns))
+    return column_blocks(n_columns, column_bytes, free_bytes(reader.device) // 2)
