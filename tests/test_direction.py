@@ -199,6 +199,14 @@ def test_datainf_is_the_mean_of_inverted_rank_one_matrices(reader: Reader, study
         assert stored == pytest.approx(damping, rel=1e-6)
 
 
+def test_datainf_counts_what_it_passes(study: Study) -> None:
+    parents = {"query": study.query()} | study.fitted("datainf")
+    params: dict[str, Any] = {"curvature": {}, "estimator": {"kind": "datainf"}}
+    counts = direction.make(job("direction", study.new(), parents, **params))
+    assert counts["examples"] == len(FISHER)
+    assert float(counts["flops"]) > 0
+
+
 def test_datainf_is_exact_for_one_example() -> None:
     g, v = torch.randn(2, 12, dtype=torch.float64)
     weight = swapped_inverse_weights((g @ v)[None, None], g.square().sum()[None], 0.3)

@@ -419,6 +419,7 @@ def query_gradients(path: Path, rows: int) -> Blocks:
         yield Table("layers", ["layer", "shape (groups, out, in)", "norm"], body, note)
     else:
         yield _arrays_table(group, rows, f"{path.name}: arrays")
+    yield from _attribute_tables(settings, rows)
 
 
 def _norm(array: Any) -> float:

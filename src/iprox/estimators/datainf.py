@@ -18,12 +18,14 @@ from iprox.engine.loss import Batch
 from iprox.engine.scoring import Scorer
 from iprox.errors import ConfigError, NumericsError
 from iprox.estimators import Preconditioner
+from iprox.models.flops import load_of, network_of
+from iprox.numerics import flops
 from iprox.numerics.datainf import swapped_inverse_weights
 from iprox.progress import Track, track
 from iprox.stages.fisher import Fisher, read_fisher
 from iprox.stages.passes import column_blocks, fingerprint, free_bytes, layer_groups, open_reader
 from iprox.stages.queries import Columns, Queries, check_origin, open_queries
-from iprox.store.job import Job
+from iprox.store.job import Job, Metrics
 from iprox.study.schema import CurvatureSection, InfluenceSection
 
 
@@ -127,6 +129,10 @@ class _Directions:
         alone = {name: name for name in sizes}
         budget = free_bytes(fisher.reader.device) // 2
         self.groups = list(layer_groups(sizes, alone, budget))
+        network = network_of(fisher.reader.model, fisher.reader.layers)
+        n_queries = len(next(iter(weights.values())))
+        work = flops.datainf(network, load_of(fisher.encoded), n_queries, len(self.groups))
+        self.metrics: Metrics = {**fisher.texts.counts(), "flops": work}
 
     def __call__(self, layer: str, gradients: Tensor) -> tuple[Tensor, float]:
         if layer not in self.sums:

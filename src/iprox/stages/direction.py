@@ -25,7 +25,7 @@ def make(job: Job) -> Metrics:
     ``layer_damping`` the damping of every layer as a number.
 
     Returns:
-        Counts of groups and layers.
+        Counts of groups and layers; of an estimator that passes texts also theirs, and FLOPs.
 
     Raises:
         ArtifactError: The curvature is of another model than the query, or of other settings.
@@ -56,4 +56,5 @@ def make(job: Job) -> Metrics:
     norms = [norm_of(float(s), group) for s, group in zip(squares, groups, strict=True)]
     put(store, "norms", np.array(norms), ("groups",))
     store.attrs["layer_damping"] = dampings
-    return {"groups": len(groups), "layers": len(layers)}
+    passed: Metrics = getattr(precondition, "metrics", {})
+    return {**passed, "groups": len(groups), "layers": len(layers)}
