@@ -394,6 +394,10 @@ def test_a_measured_rate_is_used_and_the_prediction_checked(folder: Path) -> Non
     counts = {"examples": 6, "tokens": 120, "supervised": 60}
     finish(folder, scoring, seconds=4.0, metrics=counts)
     assert {m.node.stage for m in read_history(folder)} == chain | {"query"}
+    assert {m.node.shards for m in read_history(folder)} == {1}
+    for number in range(3):
+        (folder / scoring.folder / f"shard-{number:05d}.manifest.json").touch()
+    assert max(m.node.shards for m in read_history(folder)) == 3
     answer = asked(folder)
     assert not answer["on_gpu"]
     query = next(s for s in answer["stages"] if s["id"] == scoring.id)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from iprox.errors import ArtifactError, did_you_mean
+from iprox.plan.history import SHARD_MANIFESTS
 from iprox.store.manifest import MANIFEST, PROVENANCE, SPEC, Manifest, read_manifest
 
-SHARD_MANIFESTS = "shard-*.manifest.json"
 RESULTS = Path("results")
 STUDIES = "studies"
 

@@ -376,7 +376,7 @@ class Estimator:
         sides = list(flops.factor_blocks(net, passed.params["curvature"]["max_factor_dim"]))
         return Need(
             flops=flops.eigenbases(sides),
-            memory=SMALL_PROCESS + 6 * 8 * max(sides) ** 2,
+            memory=PROCESS + 6 * 8 * max(sides) ** 2,
             disk=4.0 * sum(side**2 for side in sides),
         )
 

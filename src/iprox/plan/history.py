@@ -12,6 +12,8 @@ from iprox.errors import ArtifactError
 from iprox.plan.plan import RESULTS, Node
 from iprox.store.manifest import MANIFEST, PROVENANCE, SPEC
 
+SHARD_MANIFESTS = "shard-*.manifest.json"
+
 
 @dataclass(frozen=True)
 class Made:
@@ -94,7 +96,8 @@ def _node(
             }
             found = {role: parent for role, parent in parents.items() if parent is not None}
             if len(found) == len(parents):
-                known[stage, id] = Node(stage, id, spec["params"], found)
+                shards = len(list(path.parent.glob(SHARD_MANIFESTS))) or 1
+                known[stage, id] = Node(stage, id, spec["params"], found, shards)
     return known[stage, id]
 
 
