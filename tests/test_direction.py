@@ -29,7 +29,7 @@ from iprox.data.batches import collate
 from iprox.data.chat import encode
 from iprox.engine.capture import backward_pass
 from iprox.engine.loss import Batch
-from iprox.errors import ArtifactError, ConfigError, NumericsError
+from iprox.errors import ArtifactError, ConfigError, DataError, NumericsError
 from iprox.estimators import datainf
 from iprox.models.layers import scored_linears
 from iprox.numerics.correlation import spearman
@@ -377,10 +377,13 @@ def open_writable(path: Path) -> Any:
     return zarr.open_group(str(path), mode="r+")
 
 
-def test_an_empty_fisher_split_is_refused(study: Study) -> None:
+def test_an_empty_fisher_split_is_refused(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     sums = study.sharded(covariance, study.passed, (0, 0))
     with pytest.raises(ArtifactError, match="no example of the fisher split"):
         curvature.make(job("curvature", study.new(), {"covariance": sums}))
+    monkeypatch.setattr("iprox.stages.fisher.split_ids", lambda *_: [])
+    with pytest.raises(DataError, match="no example has a supervised token"):
+        study.direction("datainf")
 
 
 def test_fingerprints_tell_models_apart(reader: Reader) -> None:

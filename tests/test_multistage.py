@@ -18,6 +18,7 @@ from iprox.engine.scoring import Scorer
 from iprox.errors import ModelError, NumericsError
 from iprox.models.layers import scored_linears
 from iprox.numerics.correlation import spearman
+from iprox.numerics.ghost import truncate_queries
 from iprox.numerics.kfac import (
     Damping,
     Eigenbasis,
@@ -245,3 +246,14 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(NumericsError, match="without steps"):
         proximity_of([])
     assert proximity_of([0.1, 0.3]) == pytest.approx(2.5)
+
+
+def test_queries_cut_at_full_rank_are_exact() -> None:
+    query = normal(2, 1, 6, seed=5)
+    direction = through_stages(
+        query, [LaterStage(exactly(positive(6, 1)), 0.3)], exactly(positive(6, 2)), NONE
+    )
+    wide = direction * normal(4, 1, seed=6)  # (queries, out, in) of more than one row
+    thin, lost = truncate_queries(wide, 4)
+    torch.testing.assert_close(thin.matrices(), wide, rtol=1e-10, atol=1e-12)
+    assert float(lost.max()) < 1e-20

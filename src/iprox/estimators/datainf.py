@@ -35,6 +35,7 @@ def preconditioner(job: Job) -> Preconditioner:
     Raises:
         ArtifactError: The query was taken at another model.
         ConfigError: Factored damping, of what has no factors.
+        DataError: No example of the fisher split has a supervised token.
         NumericsError: A loss or gradient is not finite; names the example.
     """
     section = job.section(CurvatureSection, "curvature")
@@ -52,6 +53,7 @@ def preconditioner(job: Job) -> Preconditioner:
     model = {"layers": layers, "loss_reduction": reduction, "model": fingerprint(reader.layers)}
     check_origin(queries.stores[0].attrs, model, job.parents.get("model", job.out))
     fisher = read_fisher(job, reader)
+    fisher.texts.supervised_only()  # raises when there is none
     dots, squares = inner_products(fisher, queries, reduction)
     weights: dict[str, Tensor] = {}
     dampings: dict[str, float] = {}
