@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_model
 from oracles import exact_model, factorised, one_of, random_batch, weight_gradients
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from iprox.engine.head import draw_tokens
 from iprox.engine.loss import Batch
 from iprox.errors import NumericsError
 from iprox.models.layers import scored_linears
-from iprox.numerics.kfac import eigenbasis
+from iprox.numerics.kfac import Eigenbasis, eigenbasis
 from iprox.numerics.sketch import uniforms
 from iprox.study.schema import LayersSection
 
@@ -115,6 +116,28 @@ def test_sampled_labels_are_drawn_anew_for_another_seed_or_example() -> None:
     assert torch.equal(base[name][0], again[name][0])
     for other in (seeded, renamed, empirical):
         assert not torch.allclose(base[name][0], other[name][0])
+
+
+@pytest.mark.parametrize("labels", ["empirical", "sampled"])
+def test_sums_of_a_bfloat16_model_are_taken_in_float32(labels: str) -> None:
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model(dtype=dtype).requires_grad_(False)
+        layers = scored_linears(model, LayersSection())
+        batch = random_batch(LENGTHS, PROMPTS)
+        sums = found[dtype] = covariances(model, layers, [(batch, IDS)], labels=labels)
+        single = [
+            {n: Eigenbasis([b[0]], b[0].diagonal()) for n, b in blocks.items()}
+            for blocks in (sums.inputs, sums.output_grads)
+        ]
+        squares = SquaredGradients(*single, input_sites(model, layers, batch))
+        visit_examples(model, layers, [(batch, IDS)], squares, labels=labels)
+        assert all(s.isfinite().all() and s.dtype == torch.float32 for s in squares.sums.values())
+    exact, rough = found.values()
+    for name, (block,) in rough.inputs.items():
+        assert block.dtype == torch.float32
+        error = (block - exact.inputs[name][0]).norm() / exact.inputs[name][0].norm()
+        assert float(error) < 0.05
 
 
 def test_a_sampled_label_has_the_fisher_matrix_of_a_softmax_regression() -> None:
