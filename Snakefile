@@ -6,6 +6,8 @@ The order of a study, a rule each; every arrow is a file:
     (`sparsity: auto` puts a stage sparsity before factors, which tries proxies)
       ─> query ─> features (shards) ─> ranking ─> selection ─> finetune ─> evaluation ─> report
                                      └> fidelity (proxy against target)
+    for second-order influence, between query and features: covariance (shards) ─> curvature
+      ─> eigenvalues (shards) ─> direction
 
 A proxy of whole blocks is made by extraction alone, in place of probe to proxy; another model has a
 target and a warmup of its own.
@@ -27,6 +29,7 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/resources.smk"
 include: "workflow/rules/inputs.smk"
 include: "workflow/rules/proxy.smk"
+include: "workflow/rules/curvature.smk"
 include: "workflow/rules/influence.smk"
 include: "workflow/rules/outcome.smk"
 include: "workflow/rules/papers.smk"
@@ -45,6 +48,8 @@ localrules:
     selection,
     fidelity,
     features,
+    covariance,
+    eigenvalues,
 
 
 rule all:

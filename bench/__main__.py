@@ -26,7 +26,7 @@ from iprox.store.tables import read_table, write_table
 
 FOLDER = Path(__file__).parent
 TABLE = FOLDER / "results" / "rows.parquet"
-PARTS = ("scores", "bf16", "blocks", "scaling", "memory", "peers")
+PARTS = ("scores", "bf16", "blocks", "scaling", "memory", "peers", "curvature")
 
 
 def main() -> None:
@@ -76,9 +76,18 @@ def run_part(part: str, args: argparse.Namespace) -> list[Row]:
         cases = (("target", 1), ("target", 3), ("svd-0.5", 1))
         rows = [worker(args, sys.executable, "memory", m, str(n)) for m, n in cases]
         return [row for some in rows for row in some] + peers(args, "peer_memory", "memory")
+    if part == "curvature":
+        return worker(args, sys.executable, part) + fits(args)
     if part == "peers":
         return peers(args, "peer", "peers")
     return worker(args, sys.executable, part)
+
+
+def fits(args: argparse.Namespace) -> list[Row]:
+    """Rows of kronfluence's EK-FAC fit, or that it is not installed."""
+    if args.peers.exists():
+        return worker(args, str(args.peers), "peer_curvature", "kronfluence")
+    return [Row("curvature", "kronfluence, both passes", "target", status="not installed")]
 
 
 def peers(args: argparse.Namespace, function: str, section: str) -> list[Row]:
@@ -109,8 +118,9 @@ def worker(args: argparse.Namespace, python: str, *part: str) -> list[Row]:
     reason = done.stderr.strip().splitlines()[-1]
     print(done.stderr, file=sys.stderr)
     status = "not installed" if "ModuleNotFoundError" in reason else f"failed: {reason}"
-    if part[0] in ("peer", "peer_memory"):
-        return [Row("peers" if part[0] == "peer" else "memory", part[1], "target", status=status)]
+    sections = {"peer": "peers", "peer_memory": "memory", "peer_curvature": "curvature"}
+    if part[0] in sections:
+        return [Row(sections[part[0]], part[1], "target", status=status)]
     return [Row(part[0], " ".join(part), status=status)]
 
 

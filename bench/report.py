@@ -104,6 +104,17 @@ def layout(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, Sequence[Column
     found.append(("Libraries, float32", part("peers"), scored))
     found.append(("Four blocks of Llama-3.2-3B's shapes, float32", part("blocks"), scored[:5]))
     found.append(("Peak memory, float32", part("memory"), memory))
+    fit: list[Column] = [
+        ("case", lambda r: r["case"]),
+        ("x two frozen passes", ratio),
+        ("±", lambda r: number(r["spread"], 2)),
+        ("CPU seconds", lambda r: number(r["seconds"], 1, r["status"])),
+    ]
+    found.append(("EK-FAC on as many texts, float32", part("curvature"), fit))
+    directions = [scored[0], *scored[2:5]]
+    found.append(
+        ("Scores of what EK-FAC makes of a query, float32", part("directions"), directions)
+    )
     for section in ("pool size", "length", "tasks", "rank"):
         columns: list[Column] = [
             ("sparsity" if section == "rank" else section, lambda r: f"{r['x']:g}"),
@@ -157,7 +168,7 @@ def headline(table: pd.DataFrame) -> str:
     """A line for each case with a ratio, for the terminal."""
     lines = []
     for _, r in table.iterrows():
-        if r["section"] in ("scores", "peers", "blocks"):
+        if r["section"] in ("scores", "peers", "blocks", "curvature", "directions"):
             what = f"{r['case']} ({r['model']}, {r['queries']} queries, {r['dtype']})"
             lines.append(f"{what:70} {ratio(r):>8}")
     return "\n".join(lines)

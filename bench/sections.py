@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import floor, material, ours
+from bench import fit, floor, material, ours
 from bench.agreement import compare
 from bench.peers import less
 from bench.problem import Answer, Problem, Scoring, pose
@@ -121,6 +121,73 @@ def scaling(setting: Setting) -> list[Row]:
         proxy = _unposed(load_model(setting.work / f"svd-{sparsity}"), pool, 1)
         rows += _point("rank", sparsity, proxy, setting.rounds, floor_of=dense)
     return rows + _tail(target, texts, setting.rounds)
+
+
+def curvature(setting: Setting) -> list[Row]:
+    """Our EK-FAC fit beside two frozen passes, and scores of its directions beside TracIn's."""
+    problem = setting.problem(load_model(setting.work / "target")).asking(1)
+    fitted = fit.Fit(problem)
+    steps = fitted.first_pass, fitted.eigenbases, fitted.second_pass
+    rows = _fit_rows(problem, "ours", *steps, rounds=setting.rounds)
+    directions = replace(problem, gradients=fitted.directions(problem.gradients))
+    plan: Plan = dict(_frozen(problem))
+    plan["ours, TracIn", "target", 1] = ours.prepare(problem)
+    plan["ours, EK-FAC", "target", 1] = ours.prepare(directions)
+    return rows + _timed("directions", plan, problem, setting.rounds, "float32")[-2:]
+
+
+def peer_curvature(setting: Setting, name: str) -> list[Row]:
+    """A library's EK-FAC fit beside two frozen passes."""
+    module = importlib.import_module(f"bench.peers.{name}")
+    problem = setting.problem(load_model(setting.work / "target")).asking(1)
+    own = _at(problem, load_model(setting.work / "target"))
+    with tempfile.TemporaryDirectory(dir=setting.work) as scratch:
+        return _fit_rows(problem, name, *module.fit(own, Path(scratch)), rounds=setting.rounds)
+
+
+def _fit_rows(
+    problem: Problem,
+    case: str,
+    first_pass: Callable[[], None],
+    eigenbases: Callable[[], None],
+    second_pass: Callable[[], None],
+    rounds: int,
+) -> list[Row]:
+    """The passes of a fit as a ratio to two frozen passes, and the seconds between them.
+
+    Eigenbases do not depend on how many texts are passed, so they have no ratio.
+    """
+    plan: Plan = {key: _twice(run) for key, run in _frozen(problem).items()}
+    plan["first", "target", 0] = first_pass
+    seconds = in_turn(plan, rounds)
+    between = in_turn({"eigenbases": eigenbases}, 1)["eigenbases"][0]
+    after = in_turn({"second": second_pass}, rounds)["second"]
+    floors = [taken for (name, _, _), taken in seconds.items() if name in floor.FROZEN]
+    passes = [a + b for a, b in zip(seconds["first", "target", 0], after, strict=True)]
+    ratio, spread = ratio_to_best(passes, floors)
+    about = {"examples": len(problem.pool), "tokens": problem.tokens}
+    return [
+        Row(
+            "curvature",
+            f"{case}, both passes",
+            "target",
+            seconds=statistics.median(passes),
+            ratio=ratio,
+            spread=spread,
+            **about,
+        ),
+        Row("curvature", f"{case}, eigenbases", "target", seconds=between, **about),
+    ]
+
+
+def _frozen(problem: Problem) -> Plan:
+    """The plain passes that ratios are taken to."""
+    floors = floor.frozen_floors(problem, padded(problem))
+    return {(name, "target", 0): run for name, run in floors.items()}
+
+
+def _twice(run: Callable[[], object]) -> Callable[[], object]:
+    return lambda: (run(), run())
 
 
 def memory(setting: Setting, model: str, n_queries: int) -> list[Row]:

@@ -204,13 +204,35 @@ def write_factors(folder: Path) -> None:
     write_table(folder / "layers.parquet", pd.DataFrame([row]), {"sparsity": 0.5})
 
 
-def write_query(folder: Path) -> None:
+def write_query(folder: Path, **more: Any) -> None:
     attrs = {"val_agg": "mean_raw", "n_queries": {"all": 2}, "layers": {LAYER: [2, 2]}}
-    group = create_store(folder / "query.zarr", attrs)
+    group = create_store(folder / "query.zarr", attrs | more)
     gradient = np.array([[[3.0, 0.0], [0.0, 4.0]]], np.float32)
     put(group, f"gradients/{LAYER}", gradient, ("groups", "out", "in"))
     put(group, "norms", np.array([5.0]), ("groups",))
     put(group, "group", np.array(["all"]), ("groups",))
+
+
+def write_direction(folder: Path) -> None:
+    settings = {"amount": 0.1, "mode": "relative"}
+    write_query(folder, estimator="ekfac", damping=settings, layer_damping={LAYER: 0.25})
+
+
+def write_covariance(folder: Path) -> None:
+    attrs = {"labels": "empirical", "examples": 7, "tokens": {LAYER: 90}}
+    group = create_store(folder / "shard-00000.zarr", attrs)
+    put(group, f"inputs/{LAYER}/0", np.eye(3, dtype=np.float32), ("features", "features"))
+
+
+def write_curvature(folder: Path) -> None:
+    group = create_store(folder / "curvature.zarr", {"examples": 7, "split": {}})
+    put(group, f"inputs/{LAYER}/0", np.eye(3, dtype=np.float32), ("features", "vectors"))
+    put(group, f"input_values/{LAYER}", np.array([3.0, 2.0, 1.0]), ("vectors",))
+
+
+def write_eigenvalues(folder: Path) -> None:
+    group = create_store(folder / "shard-00000.zarr", {"labels": "empirical", "examples": 7})
+    put(group, f"sums/{LAYER}", np.ones((2, 3), np.float32), ("out", "in"))
 
 
 def write_shard(folder: Path, number: int, ids: list[str]) -> list[str]:
@@ -335,6 +357,20 @@ def every_stage(results: Results) -> dict[str, Node]:
     model = {"model": nodes["proxy"]}
     nodes["query"] = add(
         "query", "mmlu", {"influence": {}}, model | {"task": nodes["task"]}, write_query
+    )
+    passed = model | pool | {"split": nodes["split"]}
+    labels = {"curvature": {"labels": "empirical"}}
+    nodes["covariance"] = add("covariance", "f", labels, passed, write_covariance)
+    sums = {"covariance": nodes["covariance"]}
+    nodes["curvature"] = add("curvature", "f", {}, sums, write_curvature)
+    fitted = {"curvature": nodes["curvature"]}
+    nodes["eigenvalues"] = add("eigenvalues", "f", labels, passed | fitted, write_eigenvalues)
+    nodes["direction"] = add(
+        "direction",
+        "mmlu-ekfac",
+        {"curvature": {"damping": 0.1}},
+        fitted | {"query": nodes["query"], "eigenvalues": nodes["eigenvalues"]},
+        write_direction,
     )
     nodes["features"] = add("features", "f", {"influence": {}}, model | pool, write_features)
     scored = {"features": nodes["features"]}

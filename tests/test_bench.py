@@ -14,7 +14,7 @@ from iprox.data.chat import Encoded
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import floor, ours, report, sections  # noqa: E402
+from bench import fit, floor, ours, report, sections  # noqa: E402
 from bench.agreement import compare  # noqa: E402
 from bench.peers import less  # noqa: E402
 from bench.problem import Answer, Problem, pose  # noqa: E402
@@ -55,6 +55,19 @@ def test_plain_passes_leave_the_model_as_it_was(problem: Problem) -> None:
         assert not parameter.requires_grad
         assert parameter.grad is None
         torch.testing.assert_close(parameter, before[name], rtol=0, atol=0)
+
+
+def test_a_fit_is_that_of_one_text_at_a_time(problem: Problem) -> None:
+    fitted = fit.Fit(problem)
+    for step in (fitted.first_pass, fitted.eigenbases, fitted.second_pass):
+        step()
+    assert fitted.squares
+    norms = less.prepare(problem, Path())().norms
+    assert norms is not None
+    squares = sum(float(s.sum()) for s in fitted.squares.sums.values())
+    assert squares == pytest.approx(float(norms.square().sum()), rel=1e-4)
+    directions = fitted.directions(problem.gradients)
+    assert all(directions[n].shape == g.shape for n, g in problem.gradients.items())
 
 
 def test_ratios_are_taken_round_by_round() -> None:

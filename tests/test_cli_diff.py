@@ -190,7 +190,7 @@ def test_runs_lists_what_differs_and_headline_metrics(
     assert (a["mmlu loss"], b["mmlu loss"]) == (2.0, 1.5)
     assert (a["influence.score"], b["influence.score"]) == ("cosine", "dot")
     assert not {"x", "settings", "stages", "changed"} & set(a)
-    everything = CliRunner().invoke(app, ["runs"])
+    everything = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["runs"])
     assert "mmlu loss" in everything.stdout
     shown = CliRunner().invoke(app, ["show", "results/studies/demo"], env={"COLUMNS": "300"})
     assert "influence.score" in shown.stdout

@@ -21,7 +21,7 @@ from iprox.plan.plan import Node
 from iprox.store.manifest import PROVENANCE, SPEC
 from iprox.store.tables import write_table
 
-MADE = sorted(set(STAGES) - {"curvature"})
+MADE = sorted(STAGES)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,10 @@ EXPECTED = {
     "factors": ("0.125", "kept dense", LAYER),
     "proxy": ("up_proj", "balanced", "1.25", "chosen step", "at step 1", "0.875"),
     "extraction": ("blocks.parquet", "0.375", "LlamaForCausalLM"),
+    "covariance": ("empirical", f"inputs/{LAYER}/0", "(3, 3)"),
+    "curvature": (f"input_values/{LAYER}", "features, vectors"),
+    "eigenvalues": (f"sums/{LAYER}", "(2, 3)"),
+    "direction": ("ekfac", "damping.amount", "0.25"),
     "query": ("(1, 2, 2)", "5", "mean_raw"),
     "features": ("cheaper", "materialise_from", "shard-00001.zarr"),
     "ranking": ("mmlu: first", "mmlu: last", "without a score", "gradient"),

@@ -18,7 +18,7 @@ from iprox.cli.costing import Question, forecast
 from iprox.cli.main import app
 from iprox.errors import ConfigError, ModelError
 from iprox.numerics.ranks import model_size
-from iprox.plan.estimate import Estimator, Need
+from iprox.plan.estimate import Estimator, Need, needs_model
 from iprox.plan.forecast import Line, Measured, check, comparable, makespan, measured_rates
 from iprox.plan.history import Made, read_history
 from iprox.plan.plan import Node, Plan, plan_study
@@ -139,6 +139,34 @@ def test_a_search_scores_the_slice_with_up_to_four_proxies() -> None:
     # what is not known yet is counted as half
     fixed = node(planned(runs={"iprox": {"proxy": {"sparsity": 0.5}}}), "factors")
     assert estimator.need(factors) == estimator.need(fixed)
+
+
+def test_curvature_by_hand() -> None:
+    plan = planned(
+        runs={
+            "e": {"proxy": {"kind": "target"}, "influence": {"estimator": "ekfac"}},
+            "d": {"proxy": {"kind": "target"}, "influence": {"estimator": "datainf"}},
+        },
+        split=STUDY["split"] | {"fisher": 20},
+        shards=2,
+    )
+    estimator = Estimator(ARCH, volumes())
+    of = {s: estimator.need(node(plan, s)) for s in ("covariance", "curvature", "eigenvalues")}
+    # inputs of q, o, gate and down; outputs of q, o, down, of k, v, and of gate, up
+    sides = [8, 8, 8, 16, 8, 8, 8, 4, 4, 16, 16]
+    squares, tokens = sum(side**2 for side in sides), 20 * 10
+    assert of["covariance"].disk == 2 * 4 * squares  # two shards
+    assert of["curvature"].disk == 4 * squares
+    assert of["curvature"].flops == 9 * sum(side**3 for side in sides)
+    assert of["eigenvalues"].disk == 2 * 4 * LINEARS
+    difference = of["eigenvalues"].flops - of["covariance"].flops
+    assert difference == pytest.approx(2 * tokens * LINEARS)
+    ekfac, datainf = (node(plan, "direction", kind) for kind in ("ekfac", "datainf"))
+    assert estimator.need(ekfac).disk == 4 * LINEARS == estimator.need(datainf).disk
+    assert estimator.need(ekfac).tokens == 0
+    assert not needs_model(ekfac)
+    assert estimator.need(datainf).tokens == 2 * tokens
+    assert needs_model(datainf)
 
 
 def test_needs_grow_with_the_pool_where_they_must() -> None:
@@ -473,6 +501,10 @@ def test_a_measured_rate_is_used_and_the_prediction_checked(folder: Path) -> Non
     counts = {"examples": 6, "tokens": 120, "supervised": 60}
     finish(folder, scoring, seconds=4.0, metrics=counts)
     assert {m.node.stage for m in read_history(folder)} == chain | {"query"}
+    assert {m.node.shards for m in read_history(folder)} == {1}
+    for number in range(3):
+        (folder / scoring.folder / f"shard-{number:05d}.manifest.json").touch()
+    assert max(m.node.shards for m in read_history(folder)) == 3
     answer = asked(folder)
     assert not answer["on_gpu"]
     query = next(s for s in answer["stages"] if s["id"] == scoring.id)

@@ -33,9 +33,10 @@ FORBIDDEN = {
     "evaluation": {"stages", "plan", "cli", "report"},
     "report": {"stages", "plan", "cli", "models", "engine"},
     "stages": {"plan", "cli"},
+    "estimators": {"plan", "cli", "report"},
     "store": {"stages", "plan", "cli", "report", "engine", "data"},
-    "study": {"stages", "plan", "cli", "report", "engine", "data", "models"},
-    "plan": {"stages", "cli", "report", "engine", "data", "models"},
+    "study": {"estimators", "stages", "plan", "cli", "report", "engine", "data", "models"},
+    "plan": {"estimators", "stages", "cli", "report", "engine", "data", "models"},
 }
 
 

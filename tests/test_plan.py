@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from iprox.errors import ConfigError
+from iprox.plan.index import links
 from iprox.plan.plan import Plan, plan_study
 from iprox.study.load import merge, parse_study
 
@@ -19,8 +20,8 @@ BASE: dict[str, Any] = {
     "runs": {"a": {}},
 }
 STAGES = (
-    "pool target task split warmup probe decomposition factors extraction proxy query features "
-    "ranking fidelity selection finetune evaluation report"
+    "pool target task split warmup probe decomposition factors extraction proxy query covariance "
+    "curvature eigenvalues direction features ranking fidelity selection finetune evaluation report"
 ).split()
 
 
@@ -39,7 +40,9 @@ def rerun(**changes: Any) -> list[str]:
     return [s for s in STAGES if any(stage == s for stage, _ in new)]
 
 
-AFTER_PROXY = ["query", "features", "ranking", "fidelity", "selection", "finetune", "evaluation"]
+AFTER_QUERY = ["features", "ranking", "fidelity", "selection", "finetune", "evaluation"]
+AFTER_PROXY = ["query", *AFTER_QUERY]
+CURVATURE = ["covariance", "curvature", "eigenvalues"]
 AFTER_RANKING = ["selection", "finetune", "evaluation"]
 
 CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -76,6 +79,11 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"influence": {"score": "dot"}},
         ["ranking", "fidelity", *AFTER_RANKING],
     ),
+    "influence.estimator": (
+        {"influence": {"estimator": "ekfac"}},
+        ["split", *CURVATURE, "direction", *AFTER_QUERY],
+    ),
+    "curvature.damping, which tracin does not use": ({"curvature": {"damping": 1.0}}, []),
     "influence.val_agg": ({"influence": {"val_agg": "mean_unit"}}, AFTER_PROXY),
     "influence.query_rank": (
         {"influence": {"query_rank": 8}},
@@ -122,6 +130,85 @@ def test_a_changed_key_reruns_exactly_what_depends_on_it(key: str) -> None:
     change, expected = CHANGES[key]
     assert rerun(**change) == expected
     assert stages(plan()) == stages(plan(**{}))  # and going back needs nothing new
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"curvature": {"damping": 1.0}}, ["direction", *AFTER_QUERY]),
+        ({"curvature": {"damping_mode": "absolute"}}, ["direction", *AFTER_QUERY]),
+        ({"curvature": {"labels": "sampled"}}, [*CURVATURE, "direction", *AFTER_QUERY]),
+        ({"curvature": {"max_factor_dim": 64}}, [*CURVATURE, "direction", *AFTER_QUERY]),
+        ({"curvature": {"seed": 3}}, []),  # nothing is sampled
+        ({"split": {"fisher": 7}}, ["split", *CURVATURE, "direction", *AFTER_QUERY]),
+        ({"influence": {"estimator": "kfac"}}, ["direction", *AFTER_QUERY]),
+        ({"influence": {"estimator": "datainf"}}, ["direction", *AFTER_QUERY]),
+        ({"influence": {"estimator": "tracin"}}, AFTER_QUERY),
+        ({"influence": {"score": "dot"}}, ["ranking", "fidelity", *AFTER_RANKING]),
+        ({"shards": 4}, []),
+    ],
+)
+def test_a_second_order_study_refits_only_what_a_change_reaches(
+    change: dict[str, Any], expected: list[str]
+) -> None:
+    base = {"influence": {"estimator": "ekfac"}}
+    new = stages(plan(**merge(base, change))) - stages(plan(**base))
+    assert [s for s in STAGES if any(stage == s for stage, _ in new)] == expected
+
+
+def test_estimators_share_queries_and_a_fit() -> None:
+    grid = {"influence": {"estimator": ["tracin", "kfac", "ekfac", "datainf"]}}
+    p = plan(proxy={"kind": "target"}, runs={"r": grid})
+    count = {s: sum(stage == s for stage, _ in p.nodes) for s in STAGES}
+    assert count["query"] == 2  # a task each
+    assert count["covariance"] == count["curvature"] == count["eigenvalues"] == 1
+    assert count["direction"] == 2 * 3
+    assert count["features"] == 4
+    roles = {r: set(n.parents) for r, n in direct_parents(p).items()}
+    assert roles["tracin"] == {"model", "task"}
+    assert roles["kfac"] == {"query", "curvature"}
+    assert roles["ekfac"] == {"query", "curvature", "eigenvalues"}
+    assert roles["datainf"] == {"query", "model", "pool", "split"}
+
+
+def direct_parents(p: Plan) -> dict[str, Any]:
+    """What the pool is scored against in each run."""
+    return {
+        name.removeprefix("r-"): run.nodes["features"].parents["query/mmlu"]
+        for name, run in p.runs.items()
+    }
+
+
+def test_a_study_links_to_queries_and_what_was_made_of_them() -> None:
+    found = links(plan(influence={"estimator": "ekfac"}))
+    assert found["a/query-mmlu"].stage == "query"
+    assert found["a/direction-mmlu"].stage == "direction"
+    for stage in CURVATURE:
+        assert found[f"a/{stage}"].stage == stage
+    assert not [name for name in links(plan()) if "direction" in name]
+
+
+def test_fidelity_compares_the_same_estimator_at_proxy_and_target() -> None:
+    p = plan(influence={"estimator": "kfac"})
+    parents = p.runs["a"].nodes["fidelity"].parents
+    for role, stage in (("proxy", "proxy"), ("target", "warmup")):
+        direction = parents[role].parents["query/bbh"]
+        covariance = direction.parents["curvature"].parents["covariance"]
+        assert covariance.parents["model"].stage == stage
+
+
+def test_curvature_passes_are_cut_into_few_shards() -> None:
+    p = plan(influence={"estimator": "ekfac"}, shards=100)
+    assert {n.shards for (s, _), n in p.nodes.items() if s in ("covariance", "eigenvalues")} == {8}
+    assert p.runs["a"].nodes["features"].shards == 100
+
+
+@pytest.mark.parametrize("estimator", ["ekfac", "datainf"])
+def test_factored_damping_needs_two_factors(estimator: str) -> None:
+    section = {"damping_mode": "factored"}
+    assert plan(influence={"estimator": "kfac"}, curvature=section)
+    with pytest.raises(ConfigError, match=f"{estimator} with factored"):
+        plan(influence={"estimator": estimator}, curvature=section)
 
 
 @pytest.mark.parametrize(

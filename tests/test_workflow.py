@@ -280,6 +280,35 @@ def test_a_new_task_ranks_stored_sketches_without_another_pass(tmp_path: Path) -
     assert found.loc[("mean", "spearman"), "value"] > 0
 
 
+def test_second_order_influence_and_a_sweep_over_damping(tmp_path: Path) -> None:
+    write_inputs(tmp_path, examples=12)
+    estimators = {"estimator": ["ekfac", "datainf"]}
+    runs = {"r": {"proxy": {"kind": "target"}, "influence": estimators, "until": "ranking"}}
+    runs["svd"] = {"proxy": {"kind": "svd"}, "influence": {"estimator": "ekfac"}}
+    runs["svd"] |= {"until": "fidelity"}
+    split = {"warmup": 4, "fisher": 6, "fidelity": 1.0}
+    config = study(runs=runs, split=split, align={"epochs": 0})
+    snakemake(tmp_path, config, "rankings", "fidelities")
+    links = tmp_path / "results" / "studies" / "tiny"
+    assert len(list((links / "r-ekfac" / "eigenvalues").glob("shard-*.zarr"))) == 2
+    for name in ("ekfac", "datainf"):
+        ranking = pd.read_parquet(links / f"r-{name}" / "ranking" / "ranking.parquet")
+        assert len(ranking) == 12
+        assert (links / f"r-{name}" / "direction-own" / "query.zarr").is_dir()
+    assert (links / "svd" / "fidelity" / "fidelity.parquet").is_file()
+    damped = config | {"curvature": {"damping": 1.0}}
+    todo = jobs(snakemake(tmp_path, damped, "-n", "rankings", "fidelities"))
+    assert {rule for rule in todo if rule not in ("total", "study_index")} == {
+        "direction",
+        "features_shard",
+        "features",
+        "ranking",
+        "fidelity",
+        "rankings",
+        "fidelities",
+    }
+
+
 def test_the_study_is_the_same_bytes_in_another_folder(finished: Path, tmp_path: Path) -> None:
     write_inputs(tmp_path)
     small = study(runs={"iprox": {"proxy": {"sparsity": 0.5}, "until": "selection"}})

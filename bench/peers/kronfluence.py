@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bench.problem import Answer, Problem, Scoring, batch_of
 from iprox.data.chat import Encoded
-from iprox.engine.loss import Batch, example_losses
+from iprox.engine.loss import Batch, attention_mask, example_losses
 
 PACKAGE = "kronfluence"
 READS_QUERIES = True
@@ -37,9 +37,11 @@ class _LanguageModelling(Task):
     def get_influence_tracked_modules(self) -> list[str]:
         return self.layers
 
+    def get_attention_mask(self, batch: Any) -> Tensor | None:
+        return attention_mask(Batch(*batch))
 
-def prepare(problem: Problem, scratch: Path) -> Scoring:
-    """``Analyzer.compute_pairwise_scores`` with the strategy ``identity``."""
+
+def _analyzer(problem: Problem, scratch: Path) -> Analyzer:
     logging.disable(logging.WARNING)
     task = _LanguageModelling(list(problem.layers))
     model = prepare_model(problem.model, task)
@@ -49,6 +51,35 @@ def prepare(problem: Problem, scratch: Path) -> Scoring:
         return list(batch_of(examples, problem.pad_id))
 
     analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=collated))
+    return analyzer
+
+
+def fit(problem: Problem, scratch: Path) -> tuple[Callable[[], None], ...]:
+    """The steps of an EK-FAC fit on the pool: covariances, eigenbases, corrected eigenvalues."""
+    analyzer, pool = _analyzer(problem, scratch), list(problem.pool)
+    arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=True)
+
+    def first_pass() -> None:
+        analyzer.fit_covariance_matrices(
+            "ekfac", pool, 4, factor_args=arguments, overwrite_output_dir=True
+        )
+
+    def eigenbases() -> None:
+        analyzer.perform_eigendecomposition(
+            "ekfac", factor_args=arguments, overwrite_output_dir=True
+        )
+
+    def second_pass() -> None:
+        analyzer.fit_lambda_matrices(
+            "ekfac", pool, 4, factor_args=arguments, overwrite_output_dir=True
+        )
+
+    return first_pass, eigenbases, second_pass
+
+
+def prepare(problem: Problem, scratch: Path) -> Scoring:
+    """``Analyzer.compute_pairwise_scores`` with the strategy ``identity``."""
+    analyzer = _analyzer(problem, scratch)
     analyzer.fit_all_factors(
         "identity", list(problem.queries), factor_args=FactorArguments(strategy="identity")
     )

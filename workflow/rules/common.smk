@@ -24,7 +24,11 @@ FILES = {
     "factors": ["factors.safetensors", "layers.parquet"],
     "extraction": ["config.json", "blocks.parquet"],
     "proxy": ["model.safetensors", "proxy.json"],
+    "covariance": [],
+    "curvature": ["curvature.zarr/zarr.json"],
+    "eigenvalues": [],
     "query": ["query.zarr/zarr.json"],
+    "direction": ["query.zarr/zarr.json"],
     "features": [],
     "ranking": ["ranking.parquet"],
     "fidelity": ["fidelity.parquet", "layers.parquet"],
@@ -121,6 +125,12 @@ def parents(stage):
 def code(stage, script=None):
     """Parameter: digest of the code that makes this stage."""
     return code_hash(f"iprox.stages.{stage}", SCRIPTS / f"{script or stage}.py")
+
+
+def estimator_code(wildcards):
+    """Parameter: digest of the code that makes a direction, its estimator's included."""
+    kind = PLAN.node("direction", wildcards.id).params["estimator"]["kind"]
+    return code("direction") + code_hash(f"iprox.estimators.{kind}")
 
 
 def shards(stage):

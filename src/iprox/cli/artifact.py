@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from iprox.errors import ArtifactError, did_you_mean
-from iprox.store.manifest import MANIFEST, PROVENANCE, SPEC, Manifest, read_manifest
+from iprox.store.manifest import (
+    MANIFEST,
+    PROVENANCE,
+    SHARD_MANIFESTS,
+    SPEC,
+    Manifest,
+    read_manifest,
+)
 
-SHARD_MANIFESTS = "shard-*.manifest.json"
 RESULTS = Path("results")
 STUDIES = "studies"
 
@@ -27,7 +33,10 @@ STAGES = {
     "factors": "The low-rank factors of every replaced layer at one sparsity.",
     "proxy": "The small model made from the target that scores in its place, aligned to it.",
     "extraction": "The blocks of the warmed-up target that matter most, as a model.",
+    "covariance": "Sums of the second moments of layer inputs and output gradients, in shards.",
     "curvature": "Eigenbases and eigenvalues of the scoring model's curvature, by layer.",
+    "eigenvalues": "Sums of squared gradients in the curvature's eigenbases, in shards.",
+    "direction": "Query gradients of one task times an inverse curvature.",
     "query": "Mean query gradients of one task, by layer of the scoring model.",
     "features": "Every candidate's gradient: dot products with the queries', or a sketch.",
     "ranking": "All candidates in the order of their influence, for each task.",

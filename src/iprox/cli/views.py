@@ -480,6 +480,7 @@ def query_gradients(path: Path, rows: int) -> Blocks:
         yield Table("layers", ["layer", "shape (groups, out, in)", "norm"], body, note)
     else:
         yield _arrays_table(group, rows, f"{path.name}: arrays")
+    yield from _attribute_tables(settings, rows)
 
 
 def _norm(array: Any) -> float:
@@ -663,7 +664,10 @@ STAGE_VIEWS: dict[str, tuple[tuple[str, View], ...]] = {
         ("alignment_layers.parquet", alignment_layers),
     ),
     "extraction": (("blocks.parquet", whole_table), (".", model)),
+    "covariance": (("shard-*.zarr", store),),
     "curvature": (("curvature.zarr", store),),
+    "eigenvalues": (("shard-*.zarr", store),),
+    "direction": (("query.zarr", query_gradients),),
     "query": (("query.zarr", query_gradients),),
     "features": ((".", features),),
     "ranking": (("ranking.parquet", ranking),),

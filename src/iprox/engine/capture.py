@@ -194,6 +194,7 @@ def packed_pass(
     visit: PackedVisitor,
     reduction: str = "token_mean",
     check: Callable[[Tensor], None] | None = None,
+    relabel: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """One forward and one backward pass over examples without padding, with frozen weights.
 
@@ -210,6 +211,8 @@ def packed_pass(
             same tensor receive the same ``X``.
         reduction: Loss of an example: ``token_mean`` or ``token_sum``.
         check: Sees the losses (examples,) before the backward pass, and may raise.
+        relabel: Sees the last hidden states (supervised tokens, hidden) and gives the tokens
+            (supervised tokens,) whose loss is taken instead of that of the labels.
 
     Returns:
         Loss of every example, (examples,).
@@ -229,8 +232,9 @@ def packed_pass(
 
     supervised = packed.targets != IGNORE
     with frozen(model), watch(layers, unpadded) as leaves, torch.enable_grad():
-        states = packed_states(model, packed)
-        per_token = token_losses(model, states[supervised], packed.targets[supervised])
+        states = packed_states(model, packed)[supervised]
+        targets = packed.targets[supervised] if relabel is None else relabel(states.detach())
+        per_token = token_losses(model, states, targets)
         losses = reduced(per_token, packed.owners[supervised], len(lengths), reduction)
         if check is not None:
             check(losses.detach())

@@ -38,6 +38,30 @@ def token_losses(model: Any, states: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
+@torch.no_grad()
+def draw_tokens(model: Any, states: Tensor, uniforms: Tensor) -> Tensor:
+    """A next token for every hidden state, drawn from the model's own distribution.
+
+    Args:
+        model: A causal LM.
+        states: Last hidden states, (tokens, hidden).
+        uniforms: A number in [0, 1) for each draw, (tokens,) float64; equal ones draw equally.
+
+    Returns:
+        (tokens,) int64.
+    """
+    head: nn.Linear = model.get_output_embeddings()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    rows = max(1, SLICE_BYTES // (8 * len(head.weight)))
+    drawn = []
+    for some, places in zip(states.split(rows), uniforms.split(rows), strict=True):
+        logits = _logits(some, head.weight, head.bias)
+        logits = logits if cap is None else torch.tanh(logits / cap) * cap
+        below = torch.softmax(logits.double(), dim=-1).cumsum(-1)
+        drawn.append(torch.searchsorted(below, places[:, None] * below[:, -1:], right=True)[:, 0])
+    return torch.cat(drawn).clamp_(max=len(head.weight) - 1)
+
+
 class _HeadLosses(torch.autograd.Function):
     """Losses forward; their gradients, which cost one more product, are made on the way."""
 

@@ -49,6 +49,14 @@ class Scores(NamedTuple):
     unusable: dict[int, str]  # place -> where a number was not finite; their numbers mean nothing
 
 
+class LayerScores(NamedTuple):
+    """What a batch of examples is reduced to in every layer, in the order of the layers."""
+
+    dots: Tensor  # (layers, examples, queries)
+    squared_norms: Tensor  # (layers, examples)
+    losses: Tensor  # (examples,)
+
+
 def batch_tokens(device: torch.device) -> int:
     """Padded tokens per batch. Speed and memory depend on it, results do not."""
     return CUDA_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
@@ -146,6 +154,13 @@ class Scorer:
             ModelError: A layer has no influence on the loss.
             NumericsError: A loss or a gradient is not finite; names the example and layer.
         """
+        layers = self.by_layer(batch, example_ids)
+        dots, squares = (t.double() for t in (layers.dots, layers.squared_norms))
+        unusable = self._unusable(layers.losses, squares, example_ids)
+        return Scores(dots.sum(0), dots, squares.sum(0), layers.losses, unusable)
+
+    def by_layer(self, batch: Batch, example_ids: Sequence[str] | None = None) -> LayerScores:
+        """The same pass, before the layers are summed; only losses are checked to be finite."""
         dots: dict[str, Tensor] = {}
         squares: dict[str, Tensor] = {}
         grams = _Grams()
@@ -158,10 +173,11 @@ class Scorer:
                 check_finite(losses, example_ids)
 
         losses = packed_pass(self.model, self.layers, pack(batch), visit, self.reduction, check)
-        per_layer = torch.stack([squares[name] for name in self.layers]).double()
-        layer_dots = torch.stack([dots[name] for name in self.layers]).double()
-        unusable = self._unusable(losses, per_layer, example_ids)
-        return Scores(layer_dots.sum(0), layer_dots, per_layer.sum(0), losses, unusable)
+        return LayerScores(
+            torch.stack([dots[name] for name in self.layers]),
+            torch.stack([squares[name] for name in self.layers]),
+            losses,
+        )
 
     def _layer(
         self, name: str, x: Tensor, d: Tensor, rows: list[int], grams: _Grams

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from iprox.numerics.ranks import Architecture, block_shapes
+from iprox.numerics.sides import block_sides
 
 HessianProduct = Literal["double_backward", "jvp", "central_diff"]
 
 EIGEN = 9
 """Operations of a symmetric eigendecomposition with vectors, in units of side cubed (Golub & Van
 Loan, Matrix Computations, section 8.3)."""
+
+UNSPLIT = 2**62
+"""A limit on sides that splits none."""
 
 SECOND_READERS = ("k_proj", "v_proj", "up_proj")
 """Layers whose input another layer of the block has read before: q's, and gate's."""
@@ -260,6 +264,48 @@ def features(
     """Inner products and norms of pool examples; each pass takes an equal share of the queries."""
     each = inner_products(net, load, -(-n_queries // passes), query_rank)
     return passes * (one_pass(net, load) + each)
+
+
+def covariance(net: Network, load: Load, passes: int = 1, limit: int = UNSPLIT) -> float:
+    """Second moments of inputs and output gradients, sides split above ``limit``."""
+    products = sum(side**2 for side in factor_blocks(net, limit))
+    return passes * one_pass(net, load) + 2 * products * load.tokens
+
+
+def eigenbases(sides: Iterable[int]) -> float:
+    """Eigenvectors of symmetric matrices."""
+    return EIGEN * sum(side**3 for side in sides)
+
+
+def eigenvalues(net: Network, load: Load, passes: int = 1, limit: int = UNSPLIT) -> float:
+    """Squared gradients of every example in the eigenbases of the second moments."""
+    rotations = sum(side**2 for side in factor_blocks(net, limit))
+    products = rotations + net.scored_weights
+    return passes * one_pass(net, load) + 2 * products * load.tokens
+
+
+def solve(net: Network, n_queries: int) -> float:
+    """Solving with Kronecker-factored curvature: into both eigenbases and back."""
+    return n_queries * sum(
+        4 * n * linear.weights * (linear.out_dim + linear.in_dim)
+        for linear, n in net.linears.items()
+        if linear.scored
+    )
+
+
+def datainf(net: Network, load: Load, n_queries: int, passes: int = 1) -> float:
+    """Inner products with every example, then weighted sums of their gradients."""
+    sums = 2 * n_queries * net.scored_weights * load.tokens
+    return features(net, load, n_queries) + passes * one_pass(net, load) + sums
+
+
+def factor_blocks(net: Network, limit: int) -> Iterator[int]:
+    """Sides of all blocks of second moments; layers with one input share its moment."""
+    for linear, n in net.linears.items():
+        if linear.scored:
+            sides = block_sides(linear.out_dim, limit)
+            sides += block_sides(linear.in_dim, limit) if linear.own_input else []
+            yield from sides * n
 
 
 def evaluation(net: Network, load: Load) -> float:

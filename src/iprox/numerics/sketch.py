@@ -251,6 +251,11 @@ def signs(counters: Tensor, columns: int, key: int) -> Tensor:
     return bits.view(torch.float32).flatten(1)[:, :columns]
 
 
+def uniforms(counters: Tensor, key: int) -> Tensor:
+    """Independent uniform numbers in [0, 1) as float64, (counters,)."""
+    return _shifted(mix(counters, key), 11).double() * 2.0**-53
+
+
 def normals(counters: Tensor, columns: int, key: int) -> Tensor:
     """Independent standard normal numbers in float32, (counters, columns), by Box and Muller."""
     per_row = -(-columns // 2)

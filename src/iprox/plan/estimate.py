@@ -111,6 +111,10 @@ class Estimator:
             "extraction": self._extraction,
             "sparsity": self._search,
             "query": self._query,
+            "covariance": self._covariance,
+            "curvature": self._curvature,
+            "eigenvalues": self._eigenvalues,
+            "direction": self._direction,
             "features": self._features,
             "ranking": self._ranking,
             "finetune": self._finetune,
@@ -401,6 +405,58 @@ class Estimator:
             tokens=texts.n * texts.tokens,
         )
 
+    def _covariance(self, node: Node) -> Need:
+        net = self.network(node.parents["model"], node.params["layers"])
+        limit = node.params["curvature"]["max_factor_dim"]
+        texts, element = self.split_texts(node), BYTES[node.params["compute"]["dtype"]]
+        sums = 4.0 * sum(side**2 for side in flops.factor_blocks(net, limit))
+        return Need(
+            flops=flops.covariance(net, _load(texts), limit=limit),
+            memory=self._pass_memory(net, texts, element) + sums,
+            disk=sums * node.shards,
+            tokens=texts.n * texts.tokens,
+        )
+
+    def _curvature(self, node: Node) -> Need:
+        passed = node.parents["covariance"]
+        net = self.network(passed.parents["model"], passed.params["layers"])
+        sides = list(flops.factor_blocks(net, passed.params["curvature"]["max_factor_dim"]))
+        return Need(
+            flops=flops.eigenbases(sides),
+            memory=PROCESS + 6 * 8 * max(sides) ** 2,
+            disk=4.0 * sum(side**2 for side in sides),
+        )
+
+    def _eigenvalues(self, node: Node) -> Need:
+        net = self.network(node.parents["model"], node.params["layers"])
+        limit = node.params["curvature"]["max_factor_dim"]
+        texts, element = self.split_texts(node), BYTES[node.params["compute"]["dtype"]]
+        bases = 4.0 * sum(side**2 for side in flops.factor_blocks(net, limit))
+        sums = 4.0 * net.scored_weights
+        return Need(
+            flops=flops.eigenvalues(net, _load(texts), limit=limit),
+            memory=self._pass_memory(net, texts, element) + bases + sums,
+            disk=sums * node.shards,
+            tokens=texts.n * texts.tokens,
+        )
+
+    def _direction(self, node: Node) -> Need:
+        query = node.parents["query"]
+        net = self.network(query.parents["model"], query.params["layers"])
+        groups = self.volumes.groups(query)
+        stored = 4.0 * net.scored_weights * groups
+        if "model" not in node.parents:
+            largest = max(max(x.out_dim, x.in_dim) for x in net.linears)
+            memory = SMALL_PROCESS + 6 * 4 * largest**2
+            return Need(flops=flops.solve(net, groups), memory=memory, disk=stored)
+        texts, element = self.split_texts(node), BYTES[node.params["compute"]["dtype"]]
+        return Need(
+            flops=flops.datainf(net, _load(texts), groups),
+            memory=self._pass_memory(net, texts, element) + 2 * stored,
+            disk=stored,
+            tokens=2 * texts.n * texts.tokens,
+        )
+
     def _features(self, node: Node) -> Need:
         net = self.network(node.parents["model"], node.params["layers"])
         pool = node.parents["pool"]
@@ -497,12 +553,16 @@ class _Steps:
 
 def needs_model(node: Node) -> bool:
     """Whether a stage passes texts through a model."""
+    if node.stage == "direction":
+        return "model" in node.parents
     return node.stage in {
         "warmup",
         "probe",
         "extraction",
         "proxy",
         "query",
+        "covariance",
+        "eigenvalues",
         "features",
         "sparsity",
         "finetune",

@@ -10,7 +10,7 @@ from typing import Any
 
 from iprox.errors import ArtifactError
 from iprox.plan.plan import RESULTS, Node
-from iprox.store.manifest import MANIFEST, PROVENANCE, SPEC
+from iprox.store.manifest import MANIFEST, PROVENANCE, SHARD_MANIFESTS, SPEC
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def _node(
             }
             found = {role: parent for role, parent in parents.items() if parent is not None}
             if len(found) == len(parents):
-                known[stage, id] = Node(stage, id, spec["params"], found)
+                shards = len(list(path.parent.glob(SHARD_MANIFESTS))) or 1
+                known[stage, id] = Node(stage, id, spec["params"], found, shards)
     return known[stage, id]
 
 

@@ -20,9 +20,11 @@ def links(plan: Plan) -> dict[str, Node]:
         kept = {k: n for k, n in run.nodes.items() if k != "model"}
         found |= {f"{name}/{key}": node for key, node in kept.items()}
         model = run.nodes.get("model")
-        for key, node in _queries(run.nodes).items():
-            if node.parents["model"] is model:
-                found[f"{name}/{key}"] = node
+        for task, node in _scored_against(run.nodes).items():
+            query = node.parents.get("query", node)
+            if query.parents["model"] is model:
+                found[f"{name}/query-{task}"] = query
+                found |= {} if query is node else {f"{name}/direction-{task}": node}
     if plan.report is not None:
         found["report"] = plan.report
     return found
@@ -81,15 +83,15 @@ def _number(sparsity: float | str | None) -> float | None:
     return None if isinstance(sparsity, str) else sparsity
 
 
-def _queries(nodes: dict[str, Node]) -> dict[str, Node]:
-    """Query stages that a run's features, ranking or fidelity rest on, as ``query-<task>``."""
+def _scored_against(nodes: dict[str, Node]) -> dict[str, Node]:
+    """Task -> query or direction that a run's features, ranking or fidelity rest on."""
     features = nodes.get("features")
     if features is None and "fidelity" in nodes:
         features = nodes["fidelity"].parents["proxy"]
     users = (features, nodes.get("ranking"), nodes.get("fidelity"))
     parents = [p for user in users if user is not None for p in user.parents.items()]
     return {
-        role.removeprefix("proxy_").replace("/", "-"): node
+        role.removeprefix("proxy_").removeprefix("query/"): node
         for role, node in parents
         if role.startswith(("query/", "proxy_query/"))
     }

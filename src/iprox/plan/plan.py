@@ -15,19 +15,21 @@ from typing import Any
 
 from iprox.errors import ConfigError, did_you_mean
 from iprox.store.manifest import MANIFEST, digest_json
+from iprox.study.estimators import ESTIMATORS
 from iprox.study.load import Run, Study
 from iprox.study.schema import ProxySection, SyntheticSection, TaskSection
 
 RESULTS = Path("results")
 ID_DIGITS = 10
 
-"""Keys of the section ``proxy`` that decide how factors are cut from directions."""
-
-QUERY_KEYS = {"loss_reduction", "val_agg", "estimator"}
+QUERY_KEYS = {"loss_reduction", "val_agg"}
 """Keys of the section ``influence`` that query gradients depend on."""
 
 EXACT = {"query_dtype": "float32", "query_rank": 0}
 """Values of the keys of ``influence`` that reduce query gradients, by which nothing is lost."""
+
+MAX_FISHER_SHARDS = 8
+"""Most jobs a curvature pass is cut into, whatever ``shards`` says."""
 
 SKETCH_SIZES = {
     "countsketch": ("dim",),
@@ -406,22 +408,84 @@ class _RunPlanner:
         return params
 
     def queries(self, model: Node) -> dict[str, Node]:
-        """Query gradients of every task at a scoring model, by role."""
-        params = {
-            "chat": self.chat,
-            "compute": self.compute,
-            "influence": self.config.influence.model_dump(include=QUERY_KEYS),
-            "layers": self.config.proxy.layers.model_dump(),
-        }
+        """What the pool is scored against at a scoring model: a node per task, by role.
+
+        Query gradients themselves, or what the run's estimator makes of them.
+        """
         return {
-            f"query/{task.name}": self.plan.add(
-                "query",
-                f"{task.name}-{self._label(model)}",
-                params,
-                {"model": model, "task": self.plan.shared[f"task-{task.name}"]},
-            )
+            f"query/{task.name}": self.direction(self.query(model, task), model, task)
             for task in self.tasks
         }
+
+    def query(self, model: Node, task: TaskSection) -> Node:
+        """Query gradients of a task at a scoring model, the same for all estimators."""
+        params = self._passing() | {
+            "influence": self.config.influence.model_dump(include=QUERY_KEYS)
+            | {"estimator": "tracin"},
+        }
+        parents = {"model": model, "task": self.plan.shared[f"task-{task.name}"]}
+        return self.plan.add("query", f"{task.name}-{self._label(model)}", params, parents)
+
+    def direction(self, query: Node, model: Node, task: TaskSection) -> Node:
+        """Query gradients as the run's estimator changes them; themselves if it does not."""
+        estimator = self.config.influence.estimator
+        reads = ESTIMATORS[estimator]
+        if not reads:
+            return query
+        if self.config.curvature.damping_mode == "factored" and reads != ("curvature",):
+            raise ConfigError(
+                "factored damping is for curvature that is a product of two factors",
+                where=f"runs.{self.run.name}: influence.estimator, curvature.damping_mode",
+                value=f"{estimator} with factored",
+                allowed="kfac with factored; any estimator with relative or absolute",
+            )
+        made = self.curvature(model) | {"model": model, "pool": self.pool}
+        if "split" in reads:
+            made["split"] = self.split("fisher")
+        params: dict[str, Any] = {
+            "curvature": self.config.curvature.model_dump(include={"damping", "damping_mode"}),
+            "estimator": {"kind": estimator},
+        }
+        if "model" in reads:
+            params |= self._passing() | self._loss()
+        parents = {"query": query} | {role: made[role] for role in reads}
+        label = f"{task.name}-{self._label(model)}-{estimator}"
+        return self.plan.add("direction", label, params, parents)
+
+    def curvature(self, model: Node) -> dict[str, Node]:
+        """The stages of a scoring model's curvature that the run's estimator reads."""
+        reads = ESTIMATORS[self.config.influence.estimator]
+        if "curvature" not in reads:
+            return {}
+        fit = self.config.curvature.model_dump(include={"labels", "max_factor_dim", "seed"})
+        if fit["labels"] == "empirical":
+            del fit["seed"]
+        params = self._passing() | self._loss() | {"curvature": fit}
+        passed = {"model": model, "pool": self.pool, "split": self.split("fisher")}
+        label = f"{self._label(model)}-{self.config.split.fisher:g}"
+        shards = self._fisher_shards()
+        covariance = self.plan.add("covariance", label, params, passed, shards)
+        nodes = {
+            "covariance": covariance,
+            "curvature": self.plan.add("curvature", label, {}, {"covariance": covariance}),
+        }
+        if "eigenvalues" in reads:
+            parents = passed | {"curvature": nodes["curvature"]}
+            nodes["eigenvalues"] = self.plan.add("eigenvalues", label, params, parents, shards)
+        return nodes
+
+    def _fisher_shards(self) -> int:
+        """Jobs of a curvature pass: each writes sums of the curvature's size, so they are few."""
+        return min(self.plan.study.config.shards, MAX_FISHER_SHARDS)
+
+    def _passing(self) -> dict[str, Any]:
+        """Parameters of every stage that passes texts through a scoring model."""
+        layers = self.config.proxy.layers.model_dump()
+        return {"chat": self.chat, "compute": self.compute, "layers": layers}
+
+    def _loss(self) -> dict[str, Any]:
+        """Parameters of the loss whose gradients are taken."""
+        return {"influence": {"loss_reduction": self.config.influence.loss_reduction}}
 
     def features(self, model: Node, subset: str, exact: bool = False) -> Node:
         """Dots and norms, or sketches, of pool examples at a scoring model.
@@ -441,11 +505,8 @@ class _RunPlanner:
         influence = self.config.influence.model_dump(include={"loss_reduction", "on_nonfinite"})
         if not sketch:
             influence |= EXACT if exact else self._reduction()
-        params: dict[str, Any] = {
-            "chat": self.chat,
-            "compute": self.compute,
+        params: dict[str, Any] = self._passing() | {
             "influence": influence,
-            "layers": self.config.proxy.layers.model_dump(),
             "subset": {"name": subset},
         }
         if sketch:
@@ -506,6 +567,7 @@ class _RunPlanner:
     def _gradient_ranking(self, nodes: dict[str, Node]) -> dict[str, Node]:
         """Features of the pool, and the ranking, which sketches the queries if it needs to."""
         features = self.features(nodes["model"], "all")
+        curvature = self.curvature(nodes["model"])
         params: dict[str, Any] = {
             "influence": self.config.influence.model_dump(),
             "scorer": {"kind": "gradient"},
@@ -516,7 +578,7 @@ class _RunPlanner:
             params["features"] = self.sketch()
             parents |= self.queries(nodes["model"])
         ranking = self.plan.add("ranking", _readable(features), params, parents)
-        return {"features": features, "ranking": ranking}
+        return {**curvature, "features": features, "ranking": ranking}
 
     def _random_ranking(self) -> dict[str, Node]:
         scorer = self.config.scorer

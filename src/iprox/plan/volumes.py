@@ -114,7 +114,12 @@ class Volumes:
         return Texts(n, tokens, share)
 
     def groups(self, query: Node) -> int:
-        """Query gradients of a task: one, or one for each of its subtasks."""
+        """Query gradients of a task: one, or one for each of its subtasks.
+
+        Args:
+            query: A query stage, or a direction made of one.
+        """
+        query = query.parents.get("query", query)
         if query.params["influence"]["val_agg"] != "subtask_max":
             return 1
         for made in self.history:

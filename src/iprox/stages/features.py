@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from iprox.engine.scoring import Scorer
 from iprox.models.device import dtype_of
@@ -23,8 +22,8 @@ from iprox.models.layers import replaced_layer
 from iprox.numerics import flops
 from iprox.progress import Track, track
 from iprox.stages.feature_store import PER_EXAMPLE, Features
-from iprox.stages.passes import Reader, free_bytes, model_sizes, open_reader
-from iprox.stages.queries import Queries, open_queries
+from iprox.stages.passes import Reader, column_blocks, free_bytes, model_sizes, open_reader
+from iprox.stages.queries import Columns, Queries, open_queries
 from iprox.stages.sketches import make_sketches
 from iprox.stages.texts import Texts, pool_ids, pool_texts, split_ids
 from iprox.store.arrays import create_store, put
@@ -178,7 +177,7 @@ def score_texts(
             scorer = Scorer(
                 reader.model,
                 reader.layers,
-                _Columns(reader, queries, block),
+                Columns(queries, block, reader.device),
                 influence.loss_reduction,
                 query_rank=influence.query_rank,
                 query_dtype=dtype_of(influence.query_dtype),
@@ -234,22 +233,6 @@ def _fill(
         progress.advance(len(rows), tokens=int(batch.lengths.sum()))
 
 
-class _Columns(Mapping[str, Tensor]):
-    """The query gradients of some columns by layer, each read when it is asked for."""
-
-    def __init__(self, reader: Reader, queries: Queries, columns: range) -> None:
-        self.reader, self.queries, self.columns = reader, queries, columns
-
-    def __getitem__(self, layer: str) -> Tensor:
-        return torch.from_numpy(self.queries.load(layer, self.columns)).to(self.reader.device)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.reader.layers)
-
-    def __len__(self) -> int:
-        return len(self.reader.layers)
-
-
 def _column_blocks(reader: Reader, n_columns: int, influence: InfluenceSection) -> Iterator[range]:
     """Columns in blocks whose query gradients fit in half of the free memory."""
     column_bytes, rank = 0, influence.query_rank
@@ -259,6 +242,4 @@ def _column_blocks(reader: Reader, n_columns: int, influence: InfluenceSection) 
             column_bytes += layer.weight.element_size() * rank * (out + features)
         else:
             column_bytes += dtype_of(influence.query_dtype).itemsize * out * features
-    size = max(1, free_bytes(reader.device) // 2 // column_bytes)
-    for start in range(0, n_columns, size):
-        yield range(start, min(start + size, n_columns))
+    return column_blocks(n_columns, column_bytes, free_bytes(reader.device) // 2)

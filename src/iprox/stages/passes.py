@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import psutil
@@ -62,3 +63,40 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def fingerprint(layers: Mapping[str, nn.Linear]) -> str:
+    """A digest that tells models with layers of these names and shapes apart: of first rows."""
+    digest = hashlib.sha256()
+    for name, layer in layers.items():
+        row = layer.weight[0].detach().double().cpu().numpy()
+        digest.update(f"{name} {tuple(layer.weight.shape)}".encode() + row.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def layer_groups(
+    sizes: Mapping[str, float], sites: Mapping[str, str], budget: float
+) -> Iterator[list[str]]:
+    """Layers in groups of at most ``budget`` bytes, a pass each; at least one layer in each.
+
+    Args:
+        sizes: Layer -> bytes it needs, in model order.
+        sites: Layer -> the first layer that reads its input; layers of a site stay together.
+        budget: Bytes there are.
+    """
+    group: list[str] = []
+    used = 0.0
+    for name, size in sizes.items():
+        if group and used + size > budget and sites[name] == name:
+            yield group
+            group, used = [], 0
+        group.append(name)
+        used += size
+    yield group
+
+
+def column_blocks(n_columns: int, column_bytes: float, budget: float) -> Iterator[range]:
+    """Columns in blocks that fit into ``budget`` bytes, at least one in each."""
+    size = max(1, int(budget // column_bytes))
+    for start in range(0, n_columns, size):
+        yield range(start, min(start + size, n_columns))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from iprox.numerics import flops
 from iprox.numerics.ranks import rank_for
 from iprox.numerics.sampling import stratified_positions
 from iprox.progress import track
-from iprox.stages.passes import Reader, free_bytes, open_reader
+from iprox.stages.passes import Reader, free_bytes, layer_groups, open_reader
 from iprox.stages.texts import Texts, pool_texts, split_ids
 from iprox.store.arrays import create_store, put
 from iprox.store.job import Job, Metrics
@@ -76,7 +76,8 @@ def make(job: Job) -> Metrics:
     ids = np.repeat(np.array(usable.ids, dtype=object), [len(p) for p in positions])
     put(store, "example_id", ids.astype(str), ("tokens",))
     put(store, "position", np.concatenate(positions), ("tokens",))
-    groups = list(_layer_groups(reader.layers, sites, n_tokens))
+    budget = free_bytes(torch.device("cpu")) // 2
+    groups = list(layer_groups(_row_bytes(reader.layers, sites, n_tokens), sites, budget))
     with track(len(groups) * len(usable.encoded), "sequences", "probe") as progress:
         for names in groups:
             layers = {name: reader.layers[name] for name in names}
@@ -195,21 +196,13 @@ def _sites(reader: Reader, encoded: list[Encoded]) -> dict[str, str]:
     return input_sites(reader.model, reader.layers, batch)
 
 
-def _layer_groups(
+def _row_bytes(
     layers: Mapping[str, nn.Linear], sites: Mapping[str, str], tokens: int
-) -> Iterator[list[str]]:
-    """Layers in groups whose rows fit in half of the free memory, a pass each.
-
-    Layers that share an input stay together.
-    """
-    budget = free_bytes(torch.device("cpu")) // 2
-    group: list[str] = []
-    used = 0
-    for name, layer in layers.items():
-        size = 4 * tokens * (layer.out_features + (layer.in_features if sites[name] == name else 0))
-        if group and used + size > budget and sites[name] == name:
-            yield group
-            group, used = [], 0
-        group.append(name)
-        used += size
-    yield group
+) -> dict[str, float]:
+    """Bytes of every layer's rows; layers of one site share their inputs."""
+    return {
+        name: 4.0
+        * tokens
+        * (layer.out_features + (layer.in_features if sites[name] == name else 0))
+        for name, layer in layers.items()
+    }

@@ -2,15 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from iprox.errors import ArtifactError, ConfigError
-from iprox.store.arrays import open_store
+from iprox.errors import ArtifactError, ConfigError, NumericsError
+from iprox.store.arrays import create_store, open_store, put
+
+SETTINGS = ("loss_reduction", "val_agg", "estimator", "damping")
+"""Root attributes that the queries of all tasks agree in; ``damping`` of directions only."""
+
+
+def create_query_store(
+    path: Path,
+    layers: Mapping[str, tuple[int, ...]],
+    groups: Sequence[str],
+    attrs: Mapping[str, Any],
+) -> Any:
+    """Make the store of one task's query gradients, with ``gradients/<layer>`` to be filled.
+
+    Args:
+        path: Where it goes.
+        layers: Layer -> (out, in).
+        groups: Names of the groups of queries, a gradient each.
+        attrs: Settings, for the root attributes.
+    """
+    shapes = {name: list(shape) for name, shape in layers.items()}
+    store = create_store(path, {**attrs, "layers": shapes})
+    for name, shape in layers.items():
+        store.create_array(
+            f"gradients/{name}",
+            shape=(len(groups), *shape),
+            dtype="float32",
+            chunks=(1, *shape),
+            compressors=None,
+            dimension_names=["groups", "out", "in"],
+        )
+    put(store, "group", np.array(groups), ("groups",))
+    return store
+
+
+def norm_of(squares: float, group: str) -> float:
+    """Norm of a group's gradient over all layers, from the sum of its squares in float64.
+
+    Raises:
+        NumericsError: It is zero or not finite.
+    """
+    norm = math.sqrt(squares)
+    if not (math.isfinite(norm) and norm > 0):
+        raise NumericsError(
+            "a mean query gradient has no direction",
+            where=f"query group {group}",
+            value=norm,
+            allowed="a finite norm above 0",
+            fix="look at this group's queries, or for a precision that overflows",
+        )
+    return norm
 
 
 @dataclass(frozen=True)
@@ -43,6 +96,44 @@ class Queries:
         return {**self.settings, "norms": dict(zip(self.columns, self.norms.tolist(), strict=True))}
 
 
+class Columns(Mapping[str, Tensor]):
+    """The query gradients of some columns by layer, each read when it is asked for."""
+
+    def __init__(self, queries: Queries, columns: range, device: torch.device) -> None:
+        self.queries, self.columns, self.device = queries, columns, device
+
+    def __getitem__(self, layer: str) -> Tensor:
+        return torch.from_numpy(self.queries.load(layer, self.columns)).to(self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.queries.layers)
+
+    def __len__(self) -> int:
+        return len(self.queries.layers)
+
+
+def check_origin(query: Mapping[str, Any], found: Mapping[str, Any], where: Path) -> None:
+    """Refuse what was not made where a query's gradients were taken.
+
+    Args:
+        query: Root attributes of the query's store.
+        found: What another store or model says of itself by the same names.
+        where: That store or model.
+
+    Raises:
+        ArtifactError: It is of another model, of other layers or of another loss.
+    """
+    for key in ("layers", "loss_reduction", "model"):
+        if found[key] != query[key]:
+            raise ArtifactError(
+                f"curvature and query gradients are of another {key}",
+                where=where,
+                value=found[key],
+                allowed=query[key],
+                fix="take both at the model that scores, with the same layers and loss",
+            )
+
+
 def open_queries(
     folders: Mapping[str, Path], layers: Mapping[str, tuple[int, int]] | None = None
 ) -> Queries:
@@ -61,17 +152,17 @@ def open_queries(
     stores = [open_store(folder / "query.zarr") for folder in folders.values()]
     first = stores[0].attrs
     shapes = first["layers"] if layers is None else {n: list(s) for n, s in layers.items()}
-    settings = {key: first[key] for key in ("loss_reduction", "val_agg", "estimator")}
+    settings = {key: first[key] for key in SETTINGS if key in first}
     columns: list[str] = []
     norms: list[float] = []
     places: list[tuple[int, int]] = []
     for s, ((task, folder), store) in enumerate(zip(folders.items(), stores, strict=True)):
         for key, value in {"layers": shapes, **settings}.items():
-            if store.attrs[key] != value:
+            if store.attrs.get(key) != value:
                 raise ArtifactError(
                     f"a task's query gradients differ in {key} from the pass they are for",
                     where=folder / "query.zarr",
-                    value=store.attrs[key],
+                    value=store.attrs.get(key),
                     allowed=value,
                     fix="make the queries of all tasks with this model and the same settings",
                 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,9 +16,10 @@ from iprox.errors import NumericsError
 from iprox.models.flops import load_of, network_of
 from iprox.numerics import flops
 from iprox.progress import Track, track
-from iprox.stages.passes import Reader, open_reader
+from iprox.stages.passes import Reader, fingerprint, open_reader
+from iprox.stages.queries import create_query_store, norm_of
 from iprox.stages.texts import Texts, query_texts
-from iprox.store.arrays import create_store, put
+from iprox.store.arrays import put
 from iprox.store.job import Job, Metrics
 from iprox.study.schema import ChatSection, InfluenceSection
 
@@ -46,28 +46,20 @@ def make(job: Job) -> Metrics:
     reader = open_reader(job, "model")
     texts = query_texts(job.parents["task"], reader.tokenizer, job.section(ChatSection, "chat"))
     groups = group_queries(texts.supervised_only(), influence.val_agg)
-    store = create_store(
+    store = create_query_store(
         job.out / "query.zarr",
+        {name: tuple(layer.weight.shape) for name, layer in reader.layers.items()},
+        list(groups),
         {
             "val_agg": influence.val_agg,
             "loss_reduction": influence.loss_reduction,
             "estimator": influence.estimator,
+            "model": fingerprint(reader.layers),
             "n_queries": {name: len(members) for name, members in groups.items()},
             "truncated": texts.n_truncated,
             "unsupervised": texts.n_unsupervised,
-            "layers": {n: list(layer.weight.shape) for n, layer in reader.layers.items()},
         },
     )
-    for name, layer in reader.layers.items():
-        shape = tuple(layer.weight.shape)
-        store.create_array(
-            f"gradients/{name}",
-            shape=(len(groups), *shape),
-            dtype="float32",
-            chunks=(1, *shape),
-            compressors=None,
-            dimension_names=["groups", "out", "in"],
-        )
     norms = []
     with track(sum(map(len, groups.values())), "queries", "query gradients") as progress:
         for place, (group, members) in enumerate(groups.items()):
@@ -76,7 +68,6 @@ def make(job: Job) -> Metrics:
                 store[f"gradients/{name}"][place] = gradient.float().cpu().numpy()
             norms.append(gradient_norm(gradients, group))
     put(store, "norms", np.array(norms), ("groups",))
-    put(store, "group", np.array(list(groups)), ("groups",))
     load = load_of(texts.encoded)
     unit = influence.val_agg == "mean_unit"
     return {
@@ -140,14 +131,9 @@ def query_norms(reader: Reader, queries: list[Encoded], reduction: str) -> Tenso
 
 
 def gradient_norm(gradients: dict[str, Tensor], group: str) -> float:
-    """Norm over all layers, summed in float64."""
-    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
-    if not (math.isfinite(norm) and norm > 0):
-        raise NumericsError(
-            "a mean query gradient has no direction",
-            where=f"query group {group}",
-            value=norm,
-            allowed="a finite norm above 0",
-            fix="look at this group's queries, or for a precision that overflows",
-        )
-    return norm
+    """Norm of a group's gradient over all layers, summed in float64.
+
+    Raises:
+        NumericsError: It is zero or not finite.
+    """
+    return norm_of(sum(float(g.double().square().sum()) for g in gradients.values()), group)

@@ -17,7 +17,13 @@ from iprox.store.tables import read_table, write_table
 
 log = logging.getLogger(__name__)
 
-DRAWS = {"warmup": "warmup", "probe": "proxy", "align": "proxy", "fidelity": "fidelity"}
+DRAWS = {
+    "warmup": "warmup",
+    "probe": "proxy",
+    "align": "proxy",
+    "fidelity": "fidelity",
+    "fisher": "fisher",
+}
 """Split -> the random order it is taken from. Splits of one order take its two ends."""
 
 
@@ -40,9 +46,9 @@ def make(job: Job) -> Metrics:
 def draw_split(ids: Sequence[str], params: dict[str, Any]) -> list[str]:
     """The ids of one split, in its order.
 
-    Warm-up and fidelity are independent draws. Probe and align are the two ends of one draw,
-    so they are disjoint, and a change of one's size leaves the other as it was. A larger split
-    of the same seed begins with the smaller one, and the order of ``ids`` does not matter.
+    Warm-up, fidelity and fisher are independent draws. Probe and align are the two ends of one
+    draw, so they are disjoint, and a change of one's size leaves the other as it was. A larger
+    split of the same seed begins with the smaller one, and the order of ``ids`` does not matter.
 
     Args:
         ids: Ids of the pool.

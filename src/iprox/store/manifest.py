@@ -19,6 +19,7 @@ from iprox.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
+SHARD_MANIFESTS = "shard-*.manifest.json"
 SPEC = "spec.json"
 ABOUT = (MANIFEST, PROVENANCE, SPEC)
 """Files that describe an artifact and are not part of its content."""

@@ -11,9 +11,16 @@ not (threads, devices, shard sizes) are not here but in the workflow's profiles,
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from iprox.study.estimators import ESTIMATORS
+
+if TYPE_CHECKING:
+    EstimatorName = str
+else:
+    EstimatorName = Literal[tuple(ESTIMATORS)]
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Size = Annotated[int | float, Field(gt=0)]
@@ -163,6 +170,9 @@ class SplitSection(Section):
     align: Size = Field(128, description="Examples of the alignment, disjoint from the probe's.")
     fidelity: Size = Field(
         256, description="Slice of the pool on which proxy and target are compared."
+    )
+    fisher: Size = Field(
+        1024, description="Examples that curvature is fitted on; read by kfac, ekfac and datainf."
     )
     seed: int = Field(0, description="Seed of all splits; each split is an independent draw.")
 
@@ -375,8 +385,11 @@ class InfluenceSection(Section):
     score: Literal["cosine", "dot"] = Field(
         "cosine", description="Cosine, or the plain dot product."
     )
-    estimator: Literal["tracin"] = Field(
-        "tracin", description="What is done to the query gradient before scoring; tracin: nothing."
+    estimator: EstimatorName = Field(
+        "tracin",
+        description="What is done to the query gradient before scoring; tracin: nothing (with "
+        "score: dot that is GradDot). kfac, ekfac and datainf multiply it by an inverse curvature "
+        "of the scoring model, as influence functions do.",
     )
     query_rank: int = Field(
         0,
@@ -395,6 +408,34 @@ class InfluenceSection(Section):
         description="An example whose loss or gradient is not finite stops the job, or is left "
         "out of the ranking, counted and listed.",
     )
+
+
+class CurvatureSection(Section):
+    """Curvature of the scoring model, for estimators that use it."""
+
+    labels: Literal["empirical", "sampled"] = Field(
+        "empirical",
+        description="kfac, ekfac: gradients of the examples' own tokens, or of tokens drawn from "
+        "the model at every supervised position (the true Fisher matrix).",
+    )
+    damping_mode: Literal["relative", "absolute", "factored"] = Field(
+        "relative",
+        description="Damping as a share of each layer's mean eigenvalue, as a number, or "
+        "(kfac) such a share split over both factors.",
+    )
+    damping: float = Field(
+        0.1,
+        ge=0,
+        description="Added to the curvature's eigenvalues before they are inverted; a sweep fits "
+        "nothing again.",
+    )
+    max_factor_dim: int = Field(
+        8192,
+        ge=1,
+        description="kfac, ekfac: longer inputs or outputs are split into blocks, correlations "
+        "between which are dropped.",
+    )
+    seed: int = Field(0, description="Seed of sampled labels.")
 
 
 class FeaturesSection(Section):
@@ -528,6 +569,7 @@ class RunConfig(Section):
     proxy: ProxySection = ProxySection()
     align: AlignSection = AlignSection()
     influence: InfluenceSection = InfluenceSection()
+    curvature: CurvatureSection = CurvatureSection()
     features: FeaturesSection = FeaturesSection()
     scorer: ScorerSection = ScorerSection()
     fidelity: FidelitySection = FidelitySection()

@@ -1,0 +1,60 @@
+"""Stage ``direction``: query gradients as an estimator changes them, in the form of queries.
+
+Whatever reads a query takes a direction instead: its norms are those of the changed gradients,
+so that the cosine of a score is ``<P v, g> / (|P v| |g|)``.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import numpy as np
+import torch
+
+from iprox.progress import track
+from iprox.stages.queries import check_origin, create_query_store, norm_of
+from iprox.store.arrays import open_store, put
+from iprox.store.job import Job, Metrics
+from iprox.study.schema import CurvatureSection
+
+
+def make(job: Job) -> Metrics:
+    """Write ``query.zarr`` in the layout of stage ``query``.
+
+    Of the root attributes ``estimator`` and ``damping`` are its settings, and
+    ``layer_damping`` the damping of every layer as a number.
+
+    Returns:
+        Counts of groups and layers; of an estimator that passes texts also theirs, and FLOPs.
+
+    Raises:
+        ArtifactError: The curvature is of another model than the query, or of other settings.
+        NumericsError: The curvature cannot be inverted, or a direction is zero or not finite.
+    """
+    section = job.section(CurvatureSection, "curvature")
+    name = job.params["estimator"]["kind"]
+    query = open_store(job.parents["query"] / "query.zarr")
+    if "curvature" in job.parents:
+        fitted = job.parents["curvature"] / "curvature.zarr"
+        check_origin(query.attrs, open_store(fitted).attrs, fitted)
+    precondition = importlib.import_module(f"iprox.estimators.{name}").preconditioner(job)
+    about = dict(query.attrs)
+    groups = [str(group) for group in query["group"][...]]
+    layers = {n: (int(out), int(features)) for n, (out, features) in about.pop("layers").items()}
+    settings = {"amount": section.damping, "mode": section.damping_mode}
+    about |= {"estimator": name, "damping": settings}
+    store = create_query_store(job.out / "query.zarr", layers, groups, about)
+    squares = np.zeros(len(groups))
+    dampings: dict[str, float] = {}
+    with track(len(layers), "layers", name) as progress:
+        for layer in layers:
+            gradients = torch.from_numpy(query[f"gradients/{layer}"][...])
+            changed, dampings[layer] = precondition(layer, gradients)
+            squares += changed.double().square().sum((1, 2)).cpu().numpy()
+            store[f"gradients/{layer}"][...] = changed.float().cpu().numpy()
+            progress.advance(1)
+    norms = [norm_of(float(s), group) for s, group in zip(squares, groups, strict=True)]
+    put(store, "norms", np.array(norms), ("groups",))
+    store.attrs["layer_damping"] = dampings
+    passed: Metrics = getattr(precondition, "metrics", {})
+    return {**passed, "groups": len(groups), "layers": len(layers)}
