@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from iprox.engine.objective import Factorised, evaluate, gradient, observe
 from iprox.models.flops import network_of
 from iprox.models.layers import block_linears, scored_linears
 from iprox.models.load import as_proxy
+from iprox.models.lowrank import replace_linears
 from iprox.numerics import flops
 from iprox.numerics.flops import Anchoring, Load, Network
 from iprox.numerics.ranks import Architecture, model_size
@@ -59,6 +61,14 @@ def proxy(of: Any) -> Any:
     return as_proxy(of, factors).requires_grad_(False)
 
 
+def backward_only(of: Any) -> Any:
+    """The same factors for the backward pass alone."""
+    thin = copy.deepcopy(of)
+    ranks = {n: rank(n, *m.weight.shape) for n, m in block_linears(of, ALL).items()}
+    replace_linears(thin, {n: r for n, r in ranks.items() if r is not None}, "backward")
+    return thin.requires_grad_(False)
+
+
 def batch(examples: int = EXAMPLES) -> Batch:
     ids = torch.randint(4, 260, (examples, LENGTH))
     labels = ids.clone()
@@ -77,7 +87,9 @@ def ignore(name: str, x: Tensor, d: Tensor) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
-@pytest.mark.parametrize("make", [lambda dense: dense, proxy], ids=["dense", "factorised"])
+@pytest.mark.parametrize(
+    "make", [lambda dense: dense, proxy, backward_only], ids=["dense", "factorised", "backward"]
+)
 def test_a_scoring_pass(architecture: str, make: Any) -> None:
     scoring = make(model(architecture))
     layers = scored_linears(scoring, ALL)

@@ -85,6 +85,10 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "curvature.damping, which tracin does not use": ({"curvature": {"damping": 1.0}}, []),
     "influence.val_agg": ({"influence": {"val_agg": "mean_unit"}}, AFTER_PROXY),
+    "proxy.passes": (  # factors are the same, and query gradients are the target's
+        {"proxy": {"passes": "backward"}},
+        ["proxy", "features", "ranking", "fidelity", *AFTER_RANKING],
+    ),
     "influence.query_rank": (
         {"influence": {"query_rank": 8}},
         ["features", "ranking", "fidelity", *AFTER_RANKING],
@@ -236,6 +240,19 @@ def test_reduced_queries_reach_the_pass_and_are_compared_with_the_target_s_exact
     assert (exact["query_dtype"], exact["query_rank"]) == ("float32", 0)
     whole = plan(runs={"t": {"proxy": {"kind": "target"}}})
     assert "fidelity" not in whole.runs["t"].nodes
+
+
+def test_a_proxy_of_the_backward_pass_is_asked_the_target_s_queries() -> None:
+    p = plan(
+        runs={"b": {"proxy": {"passes": "backward"}, "influence": {"estimator": "kfac"}}},
+        split={"fisher": 10},
+    )
+    nodes = p.runs["b"].nodes
+    assert "split" not in nodes["proxy"].parents  # nothing is aligned
+    direction = next(n for r, n in nodes["features"].parents.items() if r.startswith("query/"))
+    assert direction.parents["query"].parents["model"] is nodes["warmup"]
+    covariance = direction.parents["curvature"].parents["covariance"]
+    assert covariance.parents["model"] is nodes["warmup"]
 
 
 def test_every_section_of_a_run_is_covered_by_the_table_above() -> None:

@@ -294,7 +294,7 @@ def parents(tmp_path: Path, target_folder: Path) -> dict[str, Path]:
 
 
 def proxy_job(out: Path, parents: dict[str, Path], gauge: str = "balanced", **align: Any) -> Job:
-    return job("proxy", out, parents, align=align, gauge=gauge)
+    return job("proxy", out, parents, align=align, gauge=gauge, passes="both")
 
 
 def test_without_alignment_the_factors_are_taken_as_they_are(

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from iprox.models.lowrank import LowRankLinear
+from iprox.models.lowrank import LowRankBackward, LowRankLinear
 from iprox.numerics.flops import SECOND_READERS, Linear, Load, Network
 
 
@@ -44,6 +44,7 @@ def network_of(model: Any, scored: Mapping[str, nn.Linear] | None = None) -> Net
             scored=id(module) in counted,
             factor=id(module) in factors,
             own_input=not name.removesuffix(".right").endswith(SECOND_READERS),
+            backward_rank=module.rank if isinstance(module, LowRankBackward) else 0,
         )
         for name, module in model.base_model.named_modules()
         if isinstance(module, nn.Linear)

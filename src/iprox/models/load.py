@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from iprox.errors import ModelError
-from iprox.models.lowrank import find_linear, replace_linears
+from iprox.models.lowrank import Passes, find_linear, replace_linears
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def load_proxy(path: str | Path, dtype: torch.dtype | None = None, attention: st
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype or stored, attn_implementation=attention
         )
-    replace_linears(model, about["ranks"])
+    replace_linears(model, about["ranks"], about.get("passes", "both"))
     assign_weights(model, weights, folder)
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -189,6 +189,7 @@ def save_proxy(
     factors: Mapping[str, tuple[Tensor, Tensor]],
     tokenizer: Any,
     about: Mapping[str, Any],
+    passes: Passes = "both",
 ) -> None:
     """Write a proxy folder: config, safetensors, tokenizer and ``proxy.json``.
 
@@ -199,22 +200,23 @@ def save_proxy(
         factors: Layer -> (left (out, rank), right (rank, in)).
         tokenizer: Saved beside it.
         about: More entries for ``proxy.json``.
+        passes: Passes in which the factors stand in for the weights.
     """
-    weights = proxy_weights(target, factors)
+    weights = proxy_weights(target, factors, passes)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     config = copy.deepcopy(target.config)
     config.save_pretrained(folder)
     target.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     ranks = {name: left.shape[1] for name, (left, _) in factors.items()}
-    text = json.dumps({**about, "ranks": ranks}, indent=1, sort_keys=True) + "\n"
+    text = json.dumps({**about, "passes": passes, "ranks": ranks}, indent=1, sort_keys=True) + "\n"
     (folder / PROXY_FILE).write_text(text, encoding="utf-8")
 
 
 def proxy_weights(
-    target: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]
+    target: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], passes: Passes = "both"
 ) -> dict[str, Tensor]:
-    """State of a proxy: the target's state with factorised weights replaced by their factors.
+    """State of a proxy: the target's state with factors in place of, or beside, its weights.
 
     Raises:
         ModelError: The factors were made from another target.
@@ -223,6 +225,11 @@ def proxy_weights(
     tied = set(getattr(target, "all_tied_weights_keys", None) or ())
     state = {n: t.detach() for n, t in target.state_dict().items() if n not in tied}
     for name, (left, right) in factors.items():
+        if passes == "backward":
+            dense = state[f"{name}.weight"]
+            state |= {f"{name}.left": left.detach().to(dense)}
+            state |= {f"{name}.right": right.detach().to(dense)}
+            continue
         dense = state.pop(f"{name}.weight")
         state[f"{name}.left.weight"] = left.detach().to(dense)
         state[f"{name}.right.weight"] = right.detach().to(dense)

@@ -1,13 +1,18 @@
-"""A linear layer as the product of two thin ones."""
+"""A linear layer as the product of two thin ones, in both passes or in the backward pass alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iprox.errors import ModelError
+
+Passes = Literal["both", "backward"]
+"""Which passes factors stand in for a weight in."""
 
 
 class LowRankLinear(nn.Module):
@@ -49,12 +54,74 @@ class LowRankLinear(nn.Module):
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}"
 
 
-def replace_linears(model: nn.Module, ranks: Mapping[str, int]) -> None:
+class _BackThroughFactors(torch.autograd.Function):
+    """``y = W x + b``, whose gradient by x is ``right^T left^T dy`` instead of ``W^T dy``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, output_grads: Tensor) -> tuple[Tensor | None, ...]:
+        if any(ctx.needs_input_grad[1:]):
+            raise ModelError(
+                "a model whose backward pass goes through factors cannot be trained",
+                where="proxy.passes: backward",
+                fix="freeze it (model.requires_grad_(False)); it is made for scoring examples",
+            )
+        left, right = ctx.saved_tensors
+        return (output_grads @ left) @ right, None, None, None, None
+
+
+class LowRankBackward(nn.Linear):
+    """The layer itself going forward; going back, gradients pass two thin factors.
+
+    Activations and the loss are the target's own, and so are the gradients of the last layers;
+    those of earlier ones carry the error of ``W ≈ left @ right`` in what reaches them. Of the
+    three products of a layer's pass (forward, backward, weight gradient) one becomes thin.
+
+    Args:
+        in_features: Width of the input.
+        out_features: Width of the output.
+        rank: Inner width of the factors, buffers ``left`` (out, rank) and ``right`` (rank, in).
+        bias: Whether the layer has a bias.
+        device: Where it lives.
+        dtype: Its precision.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.rank = rank
+        self.register_buffer("left", self.weight.new_empty(out_features, rank))
+        self.register_buffer("right", self.weight.new_empty(rank, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        output: Tensor = _BackThroughFactors.apply(x, self.weight, self.bias, self.left, self.right)
+        return output
+
+
+def replace_linears(model: nn.Module, ranks: Mapping[str, int], passes: Passes = "both") -> None:
     """Replace linear layers by factors with unset weights, in place.
 
     Args:
         model: Model whose modules are replaced.
         ranks: Full module name -> rank.
+        passes: Passes in which the factors stand in for the weight.
 
     Raises:
         ModelError: A name is not a linear layer of this model, or a rank does not fit it.
@@ -69,16 +136,15 @@ def replace_linears(model: nn.Module, ranks: Mapping[str, int]) -> None:
                 allowed=f"1..{min(old.weight.shape)}",
                 fix="use factors that were made from this very model",
             )
-        new = LowRankLinear(
-            old.in_features,
-            old.out_features,
-            rank,
-            bias=old.bias is not None,
-            device=old.weight.device,
-            dtype=old.weight.dtype,
-        )
-        if old.bias is not None:
-            new.left.bias = old.bias
+        sizes = (old.in_features, old.out_features, rank, old.bias is not None)
+        new: LowRankLinear | LowRankBackward
+        if passes == "both":
+            new = LowRankLinear(*sizes, device=old.weight.device, dtype=old.weight.dtype)
+            if old.bias is not None:
+                new.left.bias = old.bias
+        else:
+            new = LowRankBackward(*sizes, device=old.weight.device, dtype=old.weight.dtype)
+            new.weight, new.bias = old.weight, old.bias
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
 

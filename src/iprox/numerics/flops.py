@@ -40,6 +40,7 @@ class Linear(NamedTuple):
         scored: Whether its weight gradient is part of an example's gradient.
         factor: Whether it is one of the two factors of a replaced layer.
         own_input: Whether it is the first to read its input.
+        backward_rank: Inner width of the factors that its backward pass goes through; 0: none.
     """
 
     out_dim: int
@@ -47,6 +48,18 @@ class Linear(NamedTuple):
     scored: bool = True
     factor: bool = False
     own_input: bool = True
+    backward_rank: int = 0
+
+    @property
+    def backward_weights(self) -> int:
+        """Entries of the matrices that its backward pass goes through."""
+        thin = self.backward_rank * (self.out_dim + self.in_dim)
+        return thin if self.backward_rank else self.weights
+
+    @property
+    def stored(self) -> int:
+        """Entries of the matrix, and of factors beside it."""
+        return self.weights + (self.backward_weights if self.backward_rank else 0)
 
     @property
     def weights(self) -> int:
@@ -82,6 +95,7 @@ class Network:
         arch: Architecture,
         rank: Callable[[str, int, int], int | None] = lambda name, out_dim, in_dim: None,
         scored: Callable[[str], bool] = lambda name: True,
+        backward_only: bool = False,
     ) -> Network:
         """The network of an architecture, before there is a model.
 
@@ -89,6 +103,7 @@ class Network:
             arch: Its sizes.
             rank: (name, out, in) of a scored layer -> rank of its factors, None if kept dense.
             scored: Whether a layer, by its name ``layers.<i>.self_attn.q_proj``, is scored.
+            backward_only: The factors are beside the weights, for the backward pass alone.
         """
         linears: Counter[Linear] = Counter()
         for block in range(arch.blocks):
@@ -96,13 +111,21 @@ class Network:
                 name = f"layers.{block}.{kind}"
                 own = not kind.endswith(SECOND_READERS)
                 r = rank(name, out_dim, in_dim) if scored(name) else None
-                linears.update(matrices(out_dim, in_dim, r, scored(name), own))
+                if backward_only:
+                    linears[Linear(out_dim, in_dim, scored(name), False, own, r or 0)] += 1
+                else:
+                    linears.update(matrices(out_dim, in_dim, r, scored(name), own))
         attention = arch.heads * arch.head_dim * arch.blocks
         return cls(dict(linears), attention, arch.vocab * arch.hidden)
 
     def weights(self, which: Callable[[Linear], bool] = lambda linear: True) -> int:
         """Entries of the blocks' matrices that ``which`` accepts."""
         return sum(n * linear.weights for linear, n in self.linears.items() if which(linear))
+
+    @property
+    def stored_weights(self) -> int:
+        """Entries of the blocks' matrices and of factors beside them."""
+        return sum(n * linear.stored for linear, n in self.linears.items())
 
     @property
     def scored_weights(self) -> int:
@@ -193,7 +216,8 @@ def forward(net: Network, load: Load, logits: float | None = None) -> float:
 
 def input_backward(net: Network, load: Load, logits: float | None = None) -> float:
     """A backward pass that forms no weight gradient: each product once more, attention's twice."""
-    return forward(net, load, logits) + 4 * net.attention * load.pairs
+    spared = sum(n * (one.weights - one.backward_weights) for one, n in net.linears.items())
+    return forward(net, load, logits) + 4 * net.attention * load.pairs - 2 * spared * load.tokens
 
 
 def one_pass(net: Network, load: Load, logits: float | None = None) -> float:

@@ -148,10 +148,15 @@ class Estimator:
         if model.stage != "proxy":
             return Network.plan(self.arch, scored=scored)
         cut = model.parents["factors"].params["factors"]
-        return self._factorised(cut, model.params["layers"] if layers is None else layers, layers)
+        chosen = model.params["layers"] if layers is None else layers
+        return self._factorised(cut, chosen, layers, model.params["passes"] == "backward")
 
     def _factorised(
-        self, cut: Mapping[str, Any], chosen: Mapping[str, Any], layers: Mapping[str, Any] | None
+        self,
+        cut: Mapping[str, Any],
+        chosen: Mapping[str, Any],
+        layers: Mapping[str, Any] | None,
+        backward_only: bool = False,
     ) -> Network:
         """Matrix products of a proxy.
 
@@ -159,6 +164,7 @@ class Estimator:
             cut: How its factors are cut.
             chosen: Patterns of the layers that are replaced.
             layers: Patterns of the layers that are scored; all when absent.
+            backward_only: Whether the factors serve the backward pass alone.
         """
 
         def scored(name: str) -> bool:
@@ -176,12 +182,12 @@ class Estimator:
                 cut["dense_rule"],
             )
 
-        return Network.plan(self.arch, rank, scored)
+        return Network.plan(self.arch, rank, scored, backward_only)
 
     def model_parameters(self, net: Network) -> int:
         """Parameters of a model with these matrices."""
         size = model_size(self.arch)
-        return size.total - size.linears + net.weights()
+        return size.total - size.linears + net.stored_weights
 
     def activations(self, net: Network, tokens: float, element: int) -> float:
         """Bytes that a pass keeps for its backward pass.

@@ -332,16 +332,17 @@ class _RunPlanner:
         if proxy.sparsity == "auto":
             nodes["sparsity"] = cut_from["sparsity"] = self._sparsity(nodes)
         label = "-".join([*_builder(proxy), f"{proxy.sparsity}"])
+        built = label if proxy.passes == "both" else f"{label}-{proxy.passes}"
         cut = {"factors": proxy.model_dump(include=CUT)}
         nodes["factors"] = self.plan.add("factors", label, cut, cut_from)
         parents = {"factors": nodes["factors"], "warmup": warmup}
         align: dict[str, Any] = {"epochs": 0.0, "recover_epochs": 0.0}
-        if self.config.align.trains:
+        if self.config.align.trains and proxy.passes == "both":
             parents |= {"pool": self.pool, "split": self.split("align")}
             align = self.config.align.model_dump()
         nodes["proxy"] = self.plan.add(
             "proxy",
-            label,
+            built,
             {
                 "align": align,
                 "chat": self.chat,
@@ -349,6 +350,7 @@ class _RunPlanner:
                 "gauge": proxy.gauge,
                 "influence": {"loss_reduction": self.config.influence.loss_reduction},
                 "layers": layers,
+                "passes": proxy.passes,
             },
             parents,
         )
@@ -412,10 +414,20 @@ class _RunPlanner:
 
         Query gradients themselves, or what the run's estimator makes of them.
         """
+        asked = self._asked(model)
         return {
-            f"query/{task.name}": self.direction(self.query(model, task), model, task)
+            f"query/{task.name}": self.direction(self.query(asked, task), asked, task)
             for task in self.tasks
         }
+
+    def _asked(self, model: Node) -> Node:
+        """The model whose query gradients, and curvature, serve a scoring model.
+
+        Itself; but a proxy of the backward pass alone has the target's layers, and the target's
+        query gradients are exact and shared.
+        """
+        is_backward = model.stage == "proxy" and model.params["passes"] == "backward"
+        return model.parents["warmup"] if is_backward else model
 
     def query(self, model: Node, task: TaskSection) -> Node:
         """Query gradients of a task at a scoring model, the same for all estimators."""
@@ -567,7 +579,7 @@ class _RunPlanner:
     def _gradient_ranking(self, nodes: dict[str, Node]) -> dict[str, Node]:
         """Features of the pool, and the ranking, which sketches the queries if it needs to."""
         features = self.features(nodes["model"], "all")
-        curvature = self.curvature(nodes["model"])
+        curvature = self.curvature(self._asked(nodes["model"]))
         params: dict[str, Any] = {
             "influence": self.config.influence.model_dump(),
             "scorer": {"kind": "gradient"},

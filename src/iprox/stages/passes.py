@@ -17,6 +17,7 @@ from iprox.engine.scoring import batch_tokens
 from iprox.models.device import dtype_of, pick_device
 from iprox.models.layers import scored_linears
 from iprox.models.load import load_model, load_tokenizer
+from iprox.models.lowrank import LowRankBackward
 from iprox.store.job import Job
 from iprox.study.schema import LayersSection
 
@@ -51,9 +52,14 @@ def open_reader(job: Job, role: str) -> Reader:
 
 
 def model_sizes(reader: Reader) -> dict[str, int]:
-    """Parameters of the model, tied ones counted once, and weights of its scored layers."""
+    """Parameters of the model, tied ones counted once, and weights of its scored layers.
+
+    Factors that only the backward pass goes through count too.
+    """
+    thin = [m for m in reader.model.modules() if isinstance(m, LowRankBackward)]
     return {
-        "parameters": sum(p.numel() for p in reader.model.parameters()),
+        "parameters": sum(p.numel() for p in reader.model.parameters())
+        + sum(m.left.numel() + m.right.numel() for m in thin),
         "scored_parameters": sum(layer.weight.numel() for layer in reader.layers.values()),
     }
 

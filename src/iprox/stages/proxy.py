@@ -22,7 +22,7 @@ from iprox.models.device import dtype_of, pick_device
 from iprox.models.flops import load_of, network_of
 from iprox.models.layers import scored_linears
 from iprox.models.load import as_proxy, load_model, load_tokenizer, save_proxy
-from iprox.models.lowrank import find_linear
+from iprox.models.lowrank import Passes, find_linear
 from iprox.numerics import flops
 from iprox.numerics.alignment import FactorPair
 from iprox.numerics.ghost import widen
@@ -85,10 +85,11 @@ def make(job: Job) -> Metrics:
         metrics = summary(run) | counts
     chosen_step = next(point.step for point in curve if point.chosen)
     about = {"gauge": job.params["gauge"], "alignment_step": chosen_step}
-    save_proxy(job.out, target, factors, tokenizer, about)
+    passes = job.params["passes"]
+    save_proxy(job.out, target, factors, tokenizer, about, passes)
     _write(job.out / "alignment.parquet", curve, CURVE, job.params["align"])
     _write(job.out / "alignment_layers.parquet", layers, LAYERS, job.params["align"])
-    return {**metrics, "parameters": n_parameters(target, factors)}
+    return {**metrics, "parameters": n_parameters(target, factors, passes)}
 
 
 def load_factors(path: Path) -> dict[str, FactorPair]:
@@ -113,9 +114,10 @@ def load_factors(path: Path) -> dict[str, FactorPair]:
     return {name: FactorPair(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in names}
 
 
-def n_parameters(target: nn.Module, factors: dict[str, FactorPair]) -> int:
-    """Parameters of the proxy, tied ones counted once."""
-    dense = sum(find_linear(target, name).weight.numel() for name in factors)
+def n_parameters(target: nn.Module, factors: dict[str, FactorPair], passes: Passes) -> int:
+    """Parameters of the proxy, tied ones counted once, factors for the backward pass too."""
+    replaced = factors if passes == "both" else {}
+    dense = sum(find_linear(target, name).weight.numel() for name in replaced)
     thin = sum(left.numel() + right.numel() for left, right in factors.values())
     return sum(p.numel() for p in target.parameters()) - dense + thin
 

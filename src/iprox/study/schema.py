@@ -239,6 +239,13 @@ class ProxySection(Section):
         description="Share of each replaced layer's parameters removed (kind layers: of blocks); "
         "auto: of 0.1, 0.2, ... 0.9 the highest at which fidelity.floor is met, before alignment.",
     )
+    passes: Literal["both", "backward"] = Field(
+        "both",
+        description="kinds ipsvd and svd: factors stand in for the weights in both passes, or in "
+        "the backward pass alone: the forward pass, the query gradients and the layers scored are "
+        "then the target's own, which costs more, keeps far more of its influence, and needs no "
+        "alignment (align is not used).",
+    )
     max_cost: float | None = Field(
         None,
         gt=0,
@@ -300,6 +307,8 @@ class ProxySection(Section):
     def _only_factors_have_a_sparsity_to_find(self) -> ProxySection:
         if self.kind == "layers" and self.sparsity == "auto":
             raise ValueError("sparsity auto needs kind ipsvd or svd; give kind layers a number")
+        if self.passes == "backward" and self.sparsity == "auto":
+            raise ValueError("sparsity auto looks for factors of both passes; give a number")
         return self
 
     @property
