@@ -16,7 +16,7 @@ from iprox.data.pools import build_pool
 from iprox.data.sources import resolve
 from iprox.models.layers import block_linears
 from iprox.models.load import load_model, load_tokenizer, save_proxy
-from iprox.models.lowrank import replace_linears
+from iprox.models.lowrank import Passes, replace_linears
 from iprox.numerics.ipsvd import plain_svd, truncate
 from iprox.numerics.ranks import max_useful_rank, rank_for
 from iprox.stages.target import load_target, save_target
@@ -24,6 +24,8 @@ from iprox.study.schema import LayersSection, PoolSection, TargetSection
 
 MODEL = "smollm2-135m"
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
+BACKWARD = 0.5
+"""Sparsity of the proxy of the backward pass alone."""
 MAX_LENGTH = 512
 LARGE_VOCABULARY = 8192
 N_QUERIES = 3
@@ -107,20 +109,23 @@ def large_blocks(sparsity: float | None) -> Any:
 
 
 def _make_proxies(work: Path) -> None:
-    """Plain SVD of every block linear, cut at each sparsity."""
+    """Plain SVD of every block linear at each sparsity, and one for the backward pass alone."""
     target, tokenizer = load_model(work / "target"), load_tokenizer(work / "target")
     directions = {
         name: plain_svd(layer.weight, max(1, max_useful_rank(*layer.weight.shape)))
         for name, layer in block_linears(target, LayersSection()).items()
     }
-    for sparsity in SPARSITIES:
+
+    def save(name: str, sparsity: float, passes: Passes) -> None:
         ranks = _ranks(target, sparsity)
-        factors = {name: truncate(directions[name], rank) for name, rank in ranks.items()}
-        folder = work / f"svd-{sparsity}"
-        folder.mkdir()
-        save_proxy(
-            folder, target, {n: (f.left, f.right) for n, f in factors.items()}, tokenizer, {}
-        )
+        factors = {layer: truncate(directions[layer], rank) for layer, rank in ranks.items()}
+        (work / name).mkdir()
+        pairs = {layer: (f.left, f.right) for layer, f in factors.items()}
+        save_proxy(work / name, target, pairs, tokenizer, {}, passes)
+
+    save(f"backward-{BACKWARD}", BACKWARD, "backward")
+    for sparsity in SPARSITIES:
+        save(f"svd-{sparsity}", sparsity, "both")
 
 
 def _ranks(model: Any, sparsity: float) -> dict[str, int]:

@@ -31,6 +31,7 @@ SWEEP_TOKENS = 512
 
 QUERY_RANK = 32
 CUT = f"ours, queries of rank {QUERY_RANK}"
+THIN_BACKWARD = f"backward-{material.BACKWARD}"
 
 TAIL_TOKENS = 1536
 """Tokens of each of the pools whose throughput is compared."""
@@ -62,8 +63,8 @@ def scores(setting: Setting, dtype: str) -> list[Row]:
     problems = {
         "target": setting.problem(load_model(setting.work / "target", kind)),
         **{
-            f"svd-{s}": setting.problem(load_model(setting.work / f"svd-{s}", kind))
-            for s in (0.5, 0.7)
+            name: setting.problem(load_model(setting.work / name, kind))
+            for name in ("svd-0.5", "svd-0.7", THIN_BACKWARD)
         },
     }
     target = problems["target"]
@@ -75,7 +76,8 @@ def scores(setting: Setting, dtype: str) -> list[Row]:
             plan["frozen", model, 0] = floor.floors(problem, ())["frozen"]
         for n_queries in (1, 3):
             plan["ours", model, n_queries] = ours.prepare(problem.asking(n_queries))
-    plan[CUT, "target", 3] = ours.prepare(target, QUERY_RANK)
+    for model in ("target", THIN_BACKWARD):
+        plan[CUT, model, 3] = ours.prepare(problems[model], QUERY_RANK)
     rows = _timed("scores", plan, target, setting.rounds, dtype)
     truth = _truth(setting, problems, dtype)
     for row in rows:
