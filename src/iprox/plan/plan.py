@@ -471,7 +471,7 @@ class _RunPlanner:
             return {}
         fit = self.config.curvature.model_dump(include={"labels", "max_factor_dim", "seed"})
         if fit["labels"] == "empirical":
-            del fit["seed"]
+            fit["seed"] = 0  # nothing is drawn
         params = self._passing() | self._loss() | {"curvature": fit}
         passed = {"model": model, "pool": self.pool, "split": self.split("fisher")}
         label = f"{self._label(model)}-{self.config.split.fisher:g}"
