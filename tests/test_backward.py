@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from iprox.engine.scoring import Scorer
 from iprox.errors import ModelError
 from iprox.models.layers import block_linears, scored_linears
-from iprox.models.load import load_model, load_proxy, save_proxy
-from iprox.models.lowrank import LowRankBackward, find_linear, replace_linears
+from iprox.models.load import as_proxy, load_model, load_proxy, save_proxy
+from iprox.models.lowrank import LowRankBackward, find_linear
 from iprox.stages import proxy
 from iprox.store.job import Job
 from iprox.study.schema import LayersSection
@@ -41,13 +41,7 @@ class Slow(nn.Module):
 
 
 def backward_only(target: Any, factors: dict[str, tuple[Tensor, Tensor]]) -> Any:
-    model = copy.deepcopy(target)
-    replace_linears(model, {n: left.shape[1] for n, (left, _) in factors.items()}, "backward")
-    for name, (left, right) in factors.items():
-        layer = find_linear(model, name)
-        layer.left.copy_(left)
-        layer.right.copy_(right)
-    return model.requires_grad_(False)
+    return as_proxy(target, factors, passes="backward").requires_grad_(False)
 
 
 def slow(target: Any, factors: dict[str, tuple[Tensor, Tensor]]) -> Any:

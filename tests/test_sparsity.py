@@ -16,6 +16,7 @@ from artifacts import exact_reader, job, random_examples, write_pool, write_task
 from iprox.errors import ConfigError
 from iprox.models.layers import scored_linears
 from iprox.models.load import as_proxy
+from iprox.models.lowrank import Passes
 from iprox.stages import decomposition, factors, features, fidelity, query, sparsity
 from iprox.stages.passes import Reader
 from iprox.stages.sparsity import GRID, MET, Tried, bisect
@@ -118,18 +119,20 @@ def score(tmp_path: Path, parents: dict[str, Path], name: str, val_agg: str = "m
 
 
 def find(
-    tmp_path: Path, parents: dict[str, Path], **search: Any
+    tmp_path: Path, parents: dict[str, Path], passes: str = "both", **search: Any
 ) -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any]]:
     out = tmp_path / f"found{len(list(tmp_path.iterdir()))}"
     settings = {"bootstrap": 20, "floor": 0.8, "max_cost": None, "seed": 0} | search
-    metrics = sparsity.make(job("sparsity", out, parents, factors=CUT, search=settings))
+    work = job("sparsity", out, parents, factors=CUT, search=settings, passes=passes)
+    metrics = sparsity.make(work)
     return read_table(out / "tried.parquet"), json.loads((out / "chosen.json").read_text()), metrics
 
 
+@pytest.mark.parametrize("passes", ["both", "backward"])
 def test_fidelities_are_those_of_the_fidelity_stage(
-    tmp_path: Path, parents: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, parents: dict[str, Path], monkeypatch: pytest.MonkeyPatch, passes: Passes
 ) -> None:
-    tried, chosen, metrics = find(tmp_path, parents, floor=0.3)
+    tried, chosen, metrics = find(tmp_path, parents, passes, floor=0.3)
     assert metrics["tried"] == len(tried)
     assert metrics["flops"] > 0
     target = exact_reader()
@@ -142,9 +145,11 @@ def test_fidelities_are_those_of_the_fidelity_stage(
             parents["decomposition"],
             factors.resolved(job("f", tmp_path / f"{out}x", only, factors=cut)),
         )
-        model = as_proxy(target.model, found).eval().requires_grad_(False)
+        model = as_proxy(target.model, found, passes=passes).eval().requires_grad_(False)
         layers = scored_linears(model, LayersSection())
         open_as(monkeypatch, target._replace(model=model, layers=layers))
+        if passes == "backward":
+            monkeypatch.setattr(query, "open_reader", lambda *_: target)
         proxy = score(tmp_path, parents, f"proxy-{row['sparsity']}")
         measured = tmp_path / f"fidelity-{row['sparsity']}"
         pair = {"proxy": proxy, "target": parents["target"]}
@@ -166,7 +171,7 @@ def test_factors_are_cut_at_the_sparsity_that_was_found(
 ) -> None:
     out = tmp_path / "search"
     search = {"bootstrap": 0, "floor": None, "max_cost": 0.9, "seed": 0}
-    sparsity.make(job("sparsity", out, parents, factors=CUT, search=search))
+    sparsity.make(job("sparsity", out, parents, factors=CUT, search=search, passes="both"))
     chosen = json.loads((out / "chosen.json").read_text())
     made = {"decomposition": parents["decomposition"]}
     auto, fixed = tmp_path / "auto", tmp_path / "fixed"
@@ -194,7 +199,9 @@ def test_a_proxy_that_replaces_nothing_is_no_proxy(
     search = {"bootstrap": 0, "floor": 0.1, "max_cost": None, "seed": 0}
     dense = CUT | {"rank_multiple": 1000}
     with pytest.raises(ConfigError, match="sparsity 0.9: 1.00 of .*, replaces no layer"):
-        sparsity.make(job("sparsity", tmp_path / "out", parents, factors=dense, search=search))
+        sparsity.make(
+            job("sparsity", tmp_path / "out", parents, factors=dense, search=search, passes="both")
+        )
 
 
 def test_subtasks_are_scored_as_the_target_was(tmp_path: Path, parents: dict[str, Path]) -> None:
@@ -210,6 +217,7 @@ def test_subtasks_are_scored_as_the_target_was(tmp_path: Path, parents: dict[str
             factors=CUT,
             influence={"val_agg": "subtask_max"},
             search=search,
+            passes="both",
         )
     )
     assert found["sparsity"] == 0.9

@@ -239,7 +239,10 @@ def proxy_weights(
 
 
 def as_proxy(
-    target: Any, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype | None = None
+    target: Any,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    dtype: torch.dtype | None = None,
+    passes: Passes = "both",
 ) -> Any:
     """A proxy in memory that shares no storage with ``target``.
 
@@ -247,16 +250,26 @@ def as_proxy(
         target: The dense model.
         factors: Layer -> (left (out, rank), right (rank, in)).
         dtype: Precision of the proxy; the target's when absent.
+        passes: Passes in which the factors stand in for the weights.
 
     Raises:
         ModelError: The factors were made from another target.
     """
     check_fit(target, factors)
+    ranks = {name: left.shape[1] for name, (left, _) in factors.items()}
+    if passes == "backward":
+        proxy = copy.deepcopy(target)
+        replace_linears(proxy, ranks, passes)
+        for name, (left, right) in factors.items():
+            layer = proxy.get_submodule(name)
+            layer.left.copy_(left)
+            layer.right.copy_(right)
+        return proxy.to(dtype)
     # weights that factors replace are not copied: one stored number stands in for each
     dense = [find_linear(target, name).weight for name in factors]
     stand_ins = {id(w): nn.Parameter(w.detach().new_empty(1).expand(w.shape)) for w in dense}
     proxy = copy.deepcopy(target, stand_ins)
-    replace_linears(proxy, {n: left.shape[1] for n, (left, _) in factors.items()})
+    replace_linears(proxy, ranks)
     proxy.to(dtype)
     with torch.no_grad():
         for name, (left, right) in factors.items():

@@ -487,7 +487,8 @@ class Estimator:
     def _search(self, node: Node) -> Need:
         """Scoring the slice with some proxies in turn, beside the target they are made of."""
         target, pool = node.parents["target"], node.parents["pool"]
-        net = self._factorised(node.params["factors"], node.params["layers"], node.params["layers"])
+        layers, backward_only = node.params["layers"], node.params["passes"] == "backward"
+        net = self._factorised(node.params["factors"], layers, layers, backward_only)
         texts, tasks = self.volumes.examples(target, pool), _tasks(node)
         if "split" in target.parents:
             texts = texts._replace(

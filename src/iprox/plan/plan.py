@@ -376,6 +376,7 @@ class _RunPlanner:
             "factors": proxy.model_dump(include=CUT),
             "influence": self.config.influence.model_dump(),
             "layers": proxy.layers.model_dump(),
+            "passes": proxy.passes,
             "search": {
                 "bootstrap": self.config.fidelity.bootstrap,
                 "floor": floor,
@@ -393,7 +394,8 @@ class _RunPlanner:
             f"task/{task.name}": self.plan.shared[f"task-{task.name}"] for task in self.tasks
         }
         enough = proxy.max_cost if floor is None else floor
-        return self.plan.add("sparsity", f"{proxy.kind}-{enough}", params, parents)
+        label = proxy.kind if proxy.passes == "both" else f"{proxy.kind}-{proxy.passes}"
+        return self.plan.add("sparsity", f"{label}-{enough}", params, parents)
 
     def _probe_params(self) -> dict[str, Any]:
         """The probe's parameters; the paper's rule for N needs what the ranks depend on."""

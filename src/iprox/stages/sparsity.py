@@ -162,6 +162,7 @@ class Bench:
         target: The target's features of the same examples.
         influence: How gradients become scores.
         flops: Operations so far.
+        exact: The target's query gradients, once they were needed.
     """
 
     job: Job
@@ -171,6 +172,7 @@ class Bench:
     target: Features
     influence: InfluenceSection
     flops: float = 0.0
+    exact: Queries | None = None
 
     @classmethod
     def open(cls, job: Job) -> Bench:
@@ -212,7 +214,8 @@ class Bench:
 
     def _reader(self, factors: dict[str, Any]) -> Reader:
         """A proxy in memory, frozen."""
-        model = as_proxy(self.reader.model, factors).eval().requires_grad_(False)
+        passes = self.job.params["passes"]
+        model = as_proxy(self.reader.model, factors, passes=passes).eval().requires_grad_(False)
         layers = scored_linears(model, self.job.section(LayersSection, "layers"))
         return self.reader._replace(model=model, layers=layers)
 
@@ -228,14 +231,10 @@ class Bench:
             NumericsError: Too few examples can be scored.
         """
         search = self.job.params["search"]
-        queries = mean_queries(proxy, self.queries, self.influence)
+        queries = self._queries(proxy)
         scored = score_texts(proxy, queries, self.slice, self.influence).features
         pairs, _ = score_pairs(scored, self.target, self.influence.score)
-        network, unit = network_of(proxy.model, proxy.layers), self.influence.val_agg == "mean_unit"
         self.flops += self._operations(proxy, self.influence.query_rank)
-        self.flops += sum(
-            flops.query(network, load_of(texts.encoded), unit) for texts in self.queries.values()
-        )
         values = [float(spearman(ours, theirs)) for ours, theirs in pairs.values()]
         draws = [
             bootstrap(spearman, ours, theirs, search["bootstrap"], search["seed"])
@@ -243,6 +242,28 @@ class Bench:
         ]
         low, high = interval(np.mean(draws, axis=0)) if search["bootstrap"] else (None, None)
         return float(np.mean(values)), low, high
+
+    def _queries(self, proxy: Reader) -> Queries:
+        """What a proxy is asked: its own query gradients; the target's by the backward pass alone.
+
+        Raises:
+            NumericsError: A loss or gradient is not finite, or a mean gradient is zero.
+        """
+        if self.job.params["passes"] == "backward":
+            if self.exact is None:
+                self.exact = self._taken(self.reader)
+            return self.exact
+        return self._taken(proxy)
+
+    def _taken(self, reader: Reader) -> Queries:
+        network, unit = (
+            network_of(reader.model, reader.layers),
+            self.influence.val_agg == "mean_unit",
+        )
+        self.flops += sum(
+            flops.query(network, load_of(texts.encoded), unit) for texts in self.queries.values()
+        )
+        return mean_queries(reader, self.queries, self.influence)
 
 
 def mean_queries(reader: Reader, tasks: dict[str, Texts], influence: InfluenceSection) -> Queries:

@@ -307,8 +307,6 @@ class ProxySection(Section):
     def _only_factors_have_a_sparsity_to_find(self) -> ProxySection:
         if self.kind == "layers" and self.sparsity == "auto":
             raise ValueError("sparsity auto needs kind ipsvd or svd; give kind layers a number")
-        if self.passes == "backward" and self.sparsity == "auto":
-            raise ValueError("sparsity auto looks for factors of both passes; give a number")
         return self
 
     @property
