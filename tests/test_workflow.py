@@ -380,8 +380,8 @@ def test_the_study_of_rivals_starts(tmp_path: Path) -> None:
     config = yaml.safe_load((ROOT / "config" / "small" / "rivals.yaml").read_text())
     todo = jobs(snakemake(tmp_path, config, "-n", "fidelities"))
     assert todo["extraction"] == 1
-    assert todo["decomposition"] == todo["factors"] - 1 == 3
-    assert todo["fidelity"] == 5
+    assert (todo["decomposition"], todo["factors"], todo["proxy"]) == (3, 6, 9)
+    assert todo["fidelity"] == 11
 
 
 def test_a_mistake_is_a_message_and_no_traceback(tmp_path: Path) -> None:
