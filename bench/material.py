@@ -26,6 +26,7 @@ MODEL = "smollm2-135m"
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
 BACKWARD = 0.5
 """Sparsity of the proxy of the backward pass alone."""
+PROXIES = [f"backward-{BACKWARD}", *(f"svd-{sparsity}" for sparsity in SPARSITIES)]
 MAX_LENGTH = 512
 LARGE_VOCABULARY = 8192
 N_QUERIES = 3
@@ -43,7 +44,7 @@ def make(work: Path, cache_dir: Path) -> None:
     if not target.is_dir():
         target.mkdir(parents=True)
         save_target(*load_target(TargetSection(model=MODEL), Path(), cache_dir), target)
-    if not (work / f"svd-{SPARSITIES[-1]}").is_dir():
+    if not all((work / name).is_dir() for name in PROXIES):
         _make_proxies(work)
     if not (work / "texts.json").is_file():
         tokenizer = load_tokenizer(target)
@@ -119,7 +120,7 @@ def _make_proxies(work: Path) -> None:
     def save(name: str, sparsity: float, passes: Passes) -> None:
         ranks = _ranks(target, sparsity)
         factors = {layer: truncate(directions[layer], rank) for layer, rank in ranks.items()}
-        (work / name).mkdir()
+        (work / name).mkdir(exist_ok=True)
         pairs = {layer: (f.left, f.right) for layer, f in factors.items()}
         save_proxy(work / name, target, pairs, tokenizer, {}, passes)
 

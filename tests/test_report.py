@@ -246,6 +246,15 @@ def test_effective_sparsity_is_that_of_all_layers_together(fixture: Fixture, stu
     assert np.isnan(table.at["full", "sparsity_effective"])
 
 
+def test_factors_of_the_backward_pass_are_held_beside_the_weights(study: Study) -> None:
+    [run] = [r for r in study.runs if r.name == "iprox-0.5"]
+    both = tables.size(run)
+    proxy = replace(run.artifacts["proxy"], params={"passes": "backward"})
+    found = tables.size(replace(run, artifacts=run.artifacts | {"proxy": proxy}))
+    assert found["parameters"] == both["parameters"] + both["parameters_dense"]
+    assert found["sparsity_effective"] < 0
+
+
 def test_speed_is_compared_by_example(study: Study) -> None:
     table = tables.runs(study).set_index("run")
     assert table.at["full", "speedup"] == 1

@@ -88,10 +88,16 @@ def _run_row(study: Study, run: Run) -> dict[str, Any]:
 
 
 def size(run: Run) -> dict[str, float]:
-    """Parameters of the layers a proxy replaces or leaves out, before and after."""
+    """Parameters of the layers a proxy replaces or leaves out, before and after.
+
+    Factors for the backward pass alone are held beside the layers' weights.
+    """
     if "factors" in run.artifacts:
         layers = run.artifacts["factors"].table("layers.parquet")
         kept, dense = float(layers["parameters"].sum()), float(layers["parameters_dense"].sum())
+        proxy = run.artifacts.get("proxy")
+        if proxy is not None and proxy.params.get("passes") == "backward":
+            kept += dense
     elif "extraction" in run.artifacts:
         blocks = run.artifacts["extraction"].table("blocks.parquet")
         parts = blocks["parameters"]
