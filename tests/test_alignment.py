@@ -153,17 +153,6 @@ def test_projection_from_token_rows_is_that_of_the_dense_gradient() -> None:
     assert relative_error(found, [dense @ pair.right.T, pair.left.T @ dense]) < 1e-12
 
 
-def test_a_stack_of_dense_gradients_is_projected_one_by_one() -> None:
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((3, 5, 6), (3, 5, 7), (7, 2), (2, 6))
-    x, d, left, right = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
-    found = alignment.project_dense(d.mT @ x, FactorPair(left, right))
-    for i in range(3):
-        expected = alignment.project(Observed(x[i], d[i]), FactorPair(left, right))
-        torch.testing.assert_close(found.left[i], expected.left)
-        torch.testing.assert_close(found.right[i], expected.right)
-
-
 def test_projection_is_its_own_adjoint() -> None:
     observed = Observed(*torch.randn(2, 11, 5, dtype=torch.float64))
     pair, by_result = (

@@ -101,20 +101,6 @@ def project(observed: Observed, factors: FactorPair) -> FactorPair:
     )
 
 
-def project_dense(gradient: Tensor, factors: FactorPair) -> FactorPair:
-    """A dense weight gradient carried over to the factors: (G Rᵀ, Lᵀ G), as :func:`project`.
-
-    Carries a target's query gradient to a proxy. Where the factors' product is the weight and the
-    models agree, it is the proxy's own query gradient; where the proxy mispredicts the queries, it
-    keeps the direction that the proxy's own has lost.
-
-    Args:
-        gradient: G (..., out, in); leading dimensions are queries.
-        factors: L (out, rank) and R (rank, in).
-    """
-    return FactorPair(gradient @ factors.right.T, factors.left.T @ gradient)
-
-
 def alignment_loss(
     proxy: Sequence[FactorPair], target: Sequence[FactorPair], distance_weight: float = 1.0
 ) -> AlignmentTerms:
