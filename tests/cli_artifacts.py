@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import save_file
 
-from iprox.plan.plan import Node, Plan
+from iprox.plan.nodes import Node, Plan
 from iprox.store.arrays import create_store, put
 from iprox.store.manifest import (
     MANIFEST,

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from iprox.cli.diff import agreement
 from iprox.cli.main import app
-from iprox.plan.plan import Node
+from iprox.plan.nodes import Node
 from iprox.store.tables import write_table
 
 

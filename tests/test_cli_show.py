@@ -17,7 +17,7 @@ from iprox.cli.main import app
 from iprox.cli.render import human_flops, human_memory, inert, plain, shown
 from iprox.cli.show import cost_line
 from iprox.cli.views import measured_time_ratio
-from iprox.plan.plan import Node
+from iprox.plan.nodes import Node
 from iprox.store.manifest import PROVENANCE, SPEC
 from iprox.store.tables import write_table
 

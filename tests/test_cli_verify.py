@@ -9,7 +9,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from iprox.cli.main import app
-from iprox.plan.plan import Node
+from iprox.plan.nodes import Node
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from iprox.numerics.ranks import model_size
 from iprox.plan.estimate import Estimator, Need, needs_model
 from iprox.plan.forecast import Line, Measured, check, comparable, makespan, measured_rates
 from iprox.plan.history import Made, read_history
-from iprox.plan.plan import Node, Plan, plan_study
+from iprox.plan.nodes import Node, Plan
+from iprox.plan.plan import plan_study
 from iprox.plan.sizes import GEMMA3, PACKAGED, architecture, find_architecture
 from iprox.plan.volumes import Volumes
 from iprox.store.manifest import MANIFEST, PROVENANCE, SPEC, dump_json

@@ -10,7 +10,8 @@ import pytest
 
 from iprox.errors import ConfigError
 from iprox.plan.index import links
-from iprox.plan.plan import Plan, plan_study
+from iprox.plan.nodes import Plan
+from iprox.plan.plan import plan_study
 from iprox.study.load import merge, parse_study
 
 BASE: dict[str, Any] = {

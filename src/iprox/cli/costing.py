@@ -26,7 +26,7 @@ from iprox.plan.forecast import (
     measured_rates,
 )
 from iprox.plan.history import Made, read_history
-from iprox.plan.plan import Node, Plan
+from iprox.plan.nodes import Node, Plan
 from iprox.plan.sizes import find_architecture
 from iprox.plan.volumes import Volumes, target_of
 from iprox.progress import clock

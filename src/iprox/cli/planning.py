@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from iprox.plan.plan import Node, Plan, plan_study
+from iprox.plan.nodes import Node, Plan
+from iprox.plan.plan import plan_study
 from iprox.store.inputs import raw_input_files
 from iprox.study.load import load_study
 

@@ -24,7 +24,7 @@ from iprox.numerics.ranks import (
     model_size,
     rank_for,
 )
-from iprox.plan.plan import Node
+from iprox.plan.nodes import Node
 from iprox.plan.volumes import Texts, Volumes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from iprox.plan.estimate import Need, needs_model
 from iprox.plan.history import Made
-from iprox.plan.plan import Node
+from iprox.plan.nodes import Node
 from iprox.plan.volumes import target_of
 
 SOLVER_SHARE = 0.01

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iprox.errors import ArtifactError
-from iprox.plan.plan import RESULTS, Node
+from iprox.plan.nodes import RESULTS, Node
 from iprox.store.manifest import MANIFEST, PROVENANCE, SHARD_MANIFESTS, SPEC
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from iprox.plan.plan import RESULTS, Node, Plan
+from iprox.plan.nodes import RESULTS, Node, Plan
 from iprox.study.load import dump_study, flatten
 
 STUDIES = RESULTS / "studies"

@@ -10,7 +10,7 @@ from typing import Any
 
 from iprox.errors import ModelError
 from iprox.numerics.ranks import Architecture
-from iprox.plan.plan import RESULTS, Node
+from iprox.plan.nodes import RESULTS, Node
 from iprox.store.manifest import SPEC
 
 CONFIG = "config.json"

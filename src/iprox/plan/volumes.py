@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from iprox.errors import ConfigError
 from iprox.plan.history import Made
-from iprox.plan.plan import Node
+from iprox.plan.nodes import Node
 
 KNOWN_POOLS = {"alpaca-demo": 999, "dolly": 15_011}
 """Examples of the pools this project knows, before any filter."""
