@@ -84,30 +84,21 @@ class LowRankBackward(nn.Linear):
     three products of a layer's pass (forward, backward, weight gradient) one becomes thin.
 
     Args:
-        in_features: Width of the input.
-        out_features: Width of the output.
-        rank: Inner width of the factors, buffers ``left`` (out, rank) and ``right`` (rank, in).
-        bias: Whether the layer has a bias.
-        device: Where it lives.
-        dtype: Its precision.
+        layer: The layer, whose weight and bias are taken over.
+        rank: Inner width of the factors, buffers ``left`` (out, rank) and ``right`` (rank, in)
+            with unset values.
     """
 
     left: Tensor
     right: Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.rank = rank
-        self.register_buffer("left", self.weight.new_empty(out_features, rank))
-        self.register_buffer("right", self.weight.new_empty(rank, in_features))
+    def __init__(self, layer: nn.Linear, rank: int) -> None:
+        bias = layer.bias is not None
+        # no memory and no random numbers for a weight that is there already
+        super().__init__(layer.in_features, layer.out_features, bias, device="meta")
+        self.weight, self.bias, self.rank = layer.weight, layer.bias, rank
+        self.register_buffer("left", layer.weight.new_empty(layer.out_features, rank))
+        self.register_buffer("right", layer.weight.new_empty(rank, layer.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
@@ -136,15 +127,20 @@ def replace_linears(model: nn.Module, ranks: Mapping[str, int], passes: Passes =
                 allowed=f"1..{min(old.weight.shape)}",
                 fix="use factors that were made from this very model",
             )
-        sizes = (old.in_features, old.out_features, rank, old.bias is not None)
         new: LowRankLinear | LowRankBackward
-        if passes == "both":
-            new = LowRankLinear(*sizes, device=old.weight.device, dtype=old.weight.dtype)
+        if passes == "backward":
+            new = LowRankBackward(old, rank)
+        else:
+            new = LowRankLinear(
+                old.in_features,
+                old.out_features,
+                rank,
+                bias=old.bias is not None,
+                device=old.weight.device,
+                dtype=old.weight.dtype,
+            )
             if old.bias is not None:
                 new.left.bias = old.bias
-        else:
-            new = LowRankBackward(*sizes, device=old.weight.device, dtype=old.weight.dtype)
-            new.weight, new.bias = old.weight, old.bias
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
 
