@@ -65,7 +65,7 @@ def make(job: Job) -> Metrics:
         job.parents["pool"], ids[start:stop], reader.tokenizer, job.section(ChatSection, "chat")
     )
     influence = job.section(InfluenceSection, "influence")
-    layers = layer_groups(reader.layers)[0]
+    layers = dense_layers(reader.layers)[0]
     # of all examples, not the shard's: one shard must not decide otherwise than the next
     fits = 4 * len(ids) * len(queries.columns) * len(layers) <= LAYER_DOTS_BYTES
     scored = score_texts(reader, queries, texts, influence, keep_layers=fits)
@@ -111,7 +111,7 @@ def example_ids(job: Job) -> list[str]:
     return sorted(split_ids(job.parents["split"], subset))
 
 
-def layer_groups(scored: Sequence[str] | Mapping[str, object]) -> tuple[list[str], list[int]]:
+def dense_layers(scored: Sequence[str] | Mapping[str, object]) -> tuple[list[str], list[int]]:
     """The dense model's layers, and for each scored linear the place of the one it belongs to."""
     owners = [replaced_layer(name) for name in scored]
     layers = list(dict.fromkeys(owners))
@@ -170,7 +170,7 @@ def score_texts(
     blocks = list(_column_blocks(reader, len(queries.columns), influence))
     scored = Scored(features)
     if keep_layers:
-        n_layers = len(layer_groups(reader.layers)[0])
+        n_layers = len(dense_layers(reader.layers)[0])
         scored.layer_dots = np.zeros((n, len(queries.columns), n_layers), dtype=np.float32)
     with track(len(scorable) * len(blocks), "examples", "scoring") as progress:
         for block in blocks:
@@ -212,7 +212,7 @@ def _fill(
 
     An example that is skipped has no loss, the norm 0 and inner products of 0.
     """
-    features, (layers, groups) = scored.features, layer_groups(reader.layers)
+    features, (layers, groups) = scored.features, dense_layers(reader.layers)
     own = slice(columns.start, columns.stop)
     for indices, batch in reader.batches([texts.encoded[i] for i in scorable]):
         rows = scorable[indices]
