@@ -170,17 +170,8 @@ def searches(study: Study) -> pd.DataFrame:
 
 def fidelity_layers(study: Study) -> pd.DataFrame:
     """How much of each layer's influence every distinct proxy keeps, ``run`` first."""
-    seen: set[str] = set()
-    tables = []
-    for run in study.runs:
-        measured = run.artifacts.get("fidelity")
-        if measured is None or measured.id in seen:
-            continue
-        seen.add(measured.id)
-        table = measured.table("layers.parquet")
-        tables.append(table.assign(run=run.name)[["run", *table.columns]])
     columns = ["run", "layer", "task", "spearman", "cosine", "share", "n"]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+    return _distinct_layers(study, "fidelity", columns)
 
 
 def fidelity_value(run: Run, task: str, metric: str) -> dict[str, float] | None:
@@ -386,16 +377,27 @@ def _score_ranks(run: Run, task: str) -> pd.Series:
 
 def layers(study: Study) -> pd.DataFrame:
     """Layers of every distinct proxy, ``run`` first; runs with the same factors appear once."""
+    return _distinct_layers(study, "factors", ["run"])
+
+
+def _distinct_layers(study: Study, step: str, columns: list[str]) -> pd.DataFrame:
+    """``layers.parquet`` of one step of all runs, that of a shared artifact once.
+
+    Args:
+        study: The study.
+        step: The artifact's name in a run.
+        columns: Columns of the empty table when no run has it.
+    """
     seen: set[str] = set()
     tables = []
     for run in study.runs:
-        factors = run.artifacts.get("factors")
-        if factors is None or factors.id in seen:
+        made = run.artifacts.get(step)
+        if made is None or made.id in seen:
             continue
-        seen.add(factors.id)
-        table = factors.table("layers.parquet")
+        seen.add(made.id)
+        table = made.table("layers.parquet")
         tables.append(table.assign(run=run.name)[["run", *table.columns]])
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["run"])
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
 
 
 def stages(study: Study) -> pd.DataFrame:
