@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from iprox.data.batches import collate
 from iprox.data.chat import Encoded
+from iprox.engine.gradients import mean_gradient
 from iprox.engine.loss import Batch
-from iprox.engine.scoring import mean_gradient
 from iprox.models.layers import scored_linears
 from iprox.study.schema import LayersSection
 

@@ -16,8 +16,8 @@ from iprox.engine.curvature import (
     Covariances,
     SquaredGradients,
     visit_examples,
-    weighted_gradients,
 )
+from iprox.engine.gradients import weighted_gradients
 from iprox.engine.head import draw_tokens
 from iprox.engine.loss import Batch
 from iprox.errors import NumericsError

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from iprox.engine.capture import input_sites
 from iprox.engine.curvature import Covariances, SquaredGradients, visit_examples
+from iprox.engine.gradients import mean_gradient
 from iprox.engine.loss import Batch, attention_mask, example_losses
-from iprox.engine.scoring import Scorer, mean_gradient
+from iprox.engine.scoring import Scorer
 from iprox.models.layers import scored_linears
 from iprox.numerics.kfac import Damping, LayerCurvature, eigenbasis
 from iprox.study.schema import LayersSection

@@ -18,10 +18,11 @@ from iprox.data.chat import Encoded, encode
 from iprox.data.pools import build_pool
 from iprox.data.sources import resolve
 from iprox.data.tasks import build_task
+from iprox.engine.gradients import mean_gradient
 from iprox.engine.loss import Batch, hidden_states
 from iprox.engine.packed import pack, packed_states
 from iprox.engine.residual import wide_residuals
-from iprox.engine.scoring import Scorer, mean_gradient
+from iprox.engine.scoring import Scorer
 from iprox.models.layers import scored_linears
 from iprox.stages.target import load_target
 from iprox.study.schema import LayersSection, PoolSection, TargetSection, TaskSection

@@ -17,8 +17,9 @@ from iprox.data.batches import collate, token_batches
 from iprox.data.chat import encode
 from iprox.data.tasks import build_task
 from iprox.engine import scoring
+from iprox.engine.gradients import mean_gradient
 from iprox.engine.loss import Batch
-from iprox.engine.scoring import Scorer, mean_gradient
+from iprox.engine.scoring import Scorer
 from iprox.errors import ModelError, NumericsError
 from iprox.models.layers import scored_linears
 from iprox.numerics.ghost import Choice

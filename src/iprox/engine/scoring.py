@@ -9,7 +9,7 @@ size of a weight outlives the layer's turn (TracIn at one checkpoint, arXiv:2002
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -261,49 +261,6 @@ class Scorer:
             )
             row["layers"] = int(row["layers"]) + 1
         return list(rows.values())
-
-
-def mean_gradient(
-    model: Any,
-    layers: Mapping[str, nn.Linear],
-    batches: Iterable[tuple[Batch, Tensor, Sequence[str] | None]],
-    reduction: str = "token_mean",
-) -> dict[str, Tensor]:
-    """Weighted sum of examples' gradients; with weights 1/n their mean.
-
-    Args:
-        model: A causal LM with frozen weights.
-        layers: The layers whose weights' gradients count.
-        batches: Batches, each with the weights (examples,) and, for messages, the ids of its
-            examples. For a mean of unit gradients the weights are 1 / (n * norm), the norms
-            from a :class:`Scorer`.
-        reduction: Loss of an example: ``token_mean`` or ``token_sum``.
-
-    Returns:
-        Layer -> (out, in), in float32 (float64 for a float64 model).
-
-    Raises:
-        ModelError: A layer has no influence on the loss.
-        NumericsError: A loss is not finite.
-    """
-    sums = {
-        name: torch.zeros_like(layer.weight, dtype=widen(layer.weight[:0]).dtype)
-        for name, layer in layers.items()
-    }
-    for batch, weights, ids in batches:
-
-        def visit(
-            name: str, x: Tensor, d: Tensor, rows: list[int], weights: Tensor = weights
-        ) -> None:
-            per_token = torch.repeat_interleave(weights, torch.tensor(rows))
-            weighted = widen(d) * per_token.to(d.device, sums[name].dtype)[:, None]
-            sums[name].addmm_(weighted.mT, widen(x))
-
-        def check(losses: Tensor, ids: Sequence[str] | None = ids) -> None:
-            check_finite(losses, ids)
-
-        packed_pass(model, layers, pack(batch), visit, reduction, check)
-    return sums
 
 
 def _fitted(

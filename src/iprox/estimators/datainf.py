@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from iprox.engine.curvature import weighted_gradients
+from iprox.engine.gradients import weighted_gradients
 from iprox.engine.loss import Batch
 from iprox.engine.scoring import Scorer
 from iprox.errors import ConfigError, NumericsError

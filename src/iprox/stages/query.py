@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from iprox.data.chat import Encoded
+from iprox.engine.gradients import mean_gradient
 from iprox.engine.loss import Batch
-from iprox.engine.scoring import Scorer, mean_gradient
+from iprox.engine.scoring import Scorer
 from iprox.errors import NumericsError
 from iprox.models.flops import load_of, network_of
 from iprox.numerics import flops
