@@ -18,6 +18,7 @@ FILES = {
     "target": ["config.json"],
     "split": ["split.parquet"],
     "warmup": ["config.json"],
+    "checkpoint": ["config.json"],
     "probe": ["probe.zarr/zarr.json"],
     "decomposition": ["directions.safetensors", "spectra.zarr/zarr.json"],
     "sparsity": ["chosen.json", "tried.parquet"],

@@ -85,6 +85,8 @@ rule ranking:
     input:
         features=parent("ranking", "features"),
         queries=all_parents("ranking", "query/"),
+        checkpoints=all_parents("ranking", "checkpoint/"),
+        warmup=parent("ranking", "warmup"),
         pool=parent("ranking", "pool"),
     output:
         files("ranking"),

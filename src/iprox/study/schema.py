@@ -410,6 +410,12 @@ class InfluenceSection(Section):
         description="Precision in which query gradients are held while examples are scored: "
         "bfloat16 takes half the memory; what rounding loses is stored beside the scores.",
     )
+    checkpoints: Literal["last", "epochs"] = Field(
+        "last",
+        description="Measure influence at the end of the warm-up, or at the end of each of its "
+        "epochs, summed by their learning rates, as TracIn and LESS do; every checkpoint has a "
+        "proxy and a scoring pass of its own.",
+    )
     on_nonfinite: Literal["error", "skip"] = Field(
         "error",
         description="An example whose loss or gradient is not finite stops the job, or is left "
