@@ -83,11 +83,7 @@ rule features:
 rule ranking:
     # Scores, sorted.
     input:
-        features=parent("ranking", "features"),
-        queries=all_parents("ranking", "query/"),
-        checkpoints=all_parents("ranking", "checkpoint/"),
-        warmup=parent("ranking", "warmup"),
-        pool=parent("ranking", "pool"),
+        all_parents("ranking"),
     output:
         files("ranking"),
         manifest=manifest("ranking"),
@@ -102,7 +98,7 @@ rule ranking:
         mem_mb=mem("ranking"),
         runtime=runtime("ranking"),
     params:
-        code=code("ranking"),
+        code=ranking_code,
         parents=parents("ranking"),
         spec=spec("ranking"),
     script:
