@@ -29,7 +29,8 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Size = Annotated[int | float, Field(gt=0)]
 """A number of examples: an integer counts them, a float up to 1.0 is a share of the pool."""
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(pattern=NAME)]
 
 
 class Section(BaseModel):
