@@ -105,6 +105,7 @@ class Estimator:
         by_stage: Mapping[str, Callable[[Node], Need]] = {
             "target": self._target,
             "warmup": self._warmup,
+            "checkpoint": self._checkpoint,
             "probe": self._probe,
             "decomposition": self._decomposition,
             "factors": self._factors,
@@ -230,7 +231,15 @@ class Estimator:
 
     def _warmup(self, node: Node) -> Need:
         section = node.params["warmup"]
-        return self._training(node, self.split_texts(node), section)
+        need = self._training(node, self.split_texts(node), section)
+        if "epochs" not in node.params:
+            return need
+        kept = 4 * self.parameters * (math.ceil(section["epochs"]) - 1)
+        return replace(need, disk=need.disk + kept)
+
+    def _checkpoint(self, node: Node) -> Need:
+        weights = self.parameters * BYTES[node.params["compute"]["dtype"]]
+        return Need(memory=PROCESS + 4 * self.parameters + weights, disk=weights)
 
     def _finetune(self, node: Node) -> Need:
         pool = node.parents["selection"].parents["pool"]

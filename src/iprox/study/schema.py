@@ -29,7 +29,8 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Size = Annotated[int | float, Field(gt=0)]
 """A number of examples: an integer counts them, a float up to 1.0 is a share of the pool."""
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(pattern=NAME)]
 
 
 class Section(BaseModel):
@@ -412,6 +413,12 @@ class InfluenceSection(Section):
         "float32",
         description="Precision in which query gradients are held while examples are scored: "
         "bfloat16 takes half the memory; what rounding loses is stored beside the scores.",
+    )
+    checkpoints: Literal["last", "epochs"] = Field(
+        "last",
+        description="Measure influence at the end of the warm-up, or at the end of each of its "
+        "epochs, summed by their learning rates, as TracIn and LESS do; every checkpoint has a "
+        "proxy and a scoring pass of its own.",
     )
     on_nonfinite: Literal["error", "skip"] = Field(
         "error",
