@@ -25,7 +25,7 @@ MEM_MB = {
     "features": 2800,
     "ranking": 1500,
     "fidelity": 1000,
-    "selection": 1000,
+    "selection": 2000,
     "finetune": 3500,
     "evaluation": 1800,
     "report": 1000,

@@ -25,8 +25,8 @@ from iprox.numerics.ranks import (
     rank_for,
 )
 from iprox.plan.nodes import Node
+from iprox.plan.selection import is_per_task, n_selected
 from iprox.plan.volumes import Texts, Volumes
-from iprox.study.scorers import SCORERS
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
@@ -244,12 +244,11 @@ class Estimator:
     def _finetune(self, node: Node) -> Need:
         pool = node.parents["selection"].parents["pool"]
         texts = self.volumes.examples(node, pool)
-        fraction = node.parents["selection"].params["select"]["fraction"]
-        n = max(1, math.floor(Fraction(str(fraction)) * texts.n))
+        n = n_selected(node.parents["selection"], texts.n)
         if node.params["subset"]["task"] == "all":
-            ranking = node.parents["selection"].parents["ranking"].params
-            several = SCORERS[ranking["scorer"]["kind"]].is_by_task
-            n = min(texts.n, n * len(ranking["tasks"])) if several else n
+            selection = node.parents["selection"]
+            tasks = selection.parents["ranking"].params["tasks"]
+            n = min(texts.n, n * len(tasks)) if is_per_task(selection) else n
         return self._training(node, texts._replace(n=n), node.params["finetune"])
 
     def _training(self, node: Node, texts: Texts, section: Mapping[str, Any]) -> Need:
