@@ -72,8 +72,8 @@ rule features:
         "../../envs/iprox.yaml"
     threads: 1
     resources:
-        mem_mb=mem("ranking"),
-        runtime=runtime("ranking"),
+        mem_mb=small_mem,
+        runtime=small_runtime,
     params:
         spec=spec("features"),
     script:

@@ -258,10 +258,8 @@ class Estimator:
         load = _load(texts).times(section["epochs"])
         frozen = section["freeze_embed_head"]
         trained = self.parameters - (model_size(self.arch).embeddings if frozen else 0)
-        micro = min(
-            MICRO_BATCH_TOKENS[self.device],
-            LONGEST * texts.tokens * min(texts.n, section["batch"]),
-        )
+        batch = texts._replace(n=min(texts.n, section["batch"]))
+        micro = self._batch(MICRO_BATCH_TOKENS, batch)
         element = BYTES[node.params["compute"]["dtype"]]
         state = 4 * (self.parameters + 3 * trained)
         return Need(
