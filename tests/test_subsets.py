@@ -113,10 +113,10 @@ def test_a_union_compares_tasks_on_one_scale(select: Any, scale: str) -> None:
 
 
 def test_a_threshold_passes_over_what_is_alike(select: Any) -> None:
-    table, _, _ = select(method="threshold", max_similarity=0.3, count=4)
+    table, _, _ = select(method="threshold", max_similarity=0.2, count=4)
     rows, naive = features(), list[int]()
     for i in range(N):
-        if len(naive) < 4 and all(rows[i] @ rows[j] <= 0.3 for j in naive):
+        if len(naive) < 4 and all(rows[i] @ rows[j] <= 0.2 for j in naive):
             naive.append(i)
     assert of(table, "a") == [IDS[i] for i in naive] != IDS[:4]
     with pytest.raises(DataError, match="fewer examples pass"):
