@@ -33,6 +33,7 @@ def make(job: Job) -> Metrics:
         "heldout": tables.heldout(study),
         "agreement": tables.agreement(study),
         "overlap": selected.overlaps(study),
+        "diversity": tables.diversity(study),
         "composition": selected.composition(study),
         "examples": selected.examples(study),
         "layers": tables.layers(study),
