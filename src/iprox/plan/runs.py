@@ -11,10 +11,11 @@ from typing import Any
 from iprox.errors import ConfigError
 from iprox.plan.nodes import Node, Plan
 from iprox.plan.scorers import scorer_nodes
+from iprox.plan.selection import is_per_task, selection_node
 from iprox.study.estimators import ESTIMATORS
 from iprox.study.load import Run
 from iprox.study.schema import ProxySection, TaskSection
-from iprox.study.scorers import GRADIENT, SCORERS
+from iprox.study.scorers import GRADIENT
 
 QUERY_KEYS = {"loss_reduction", "val_agg"}
 """Keys of the section ``influence`` that query gradients depend on."""
@@ -76,15 +77,10 @@ class RunPlanner:
         nodes |= self._gradient_ranking(nodes) if kind == GRADIENT else scorer_nodes(self)
         if until == "ranking":
             return nodes
-        nodes["selection"] = self.plan.add(
-            "selection",
-            f"{nodes['ranking'].label}-{self.config.select.fraction:g}",
-            {"select": self.config.select.model_dump()},
-            {"pool": self.pool, "ranking": nodes["ranking"]},
-        )
+        nodes["selection"] = selection_node(self, nodes["ranking"])
         if until == "selection":
             return nodes
-        return nodes | self._outcome(nodes["selection"], per_task=SCORERS[kind].is_by_task)
+        return nodes | self._outcome(nodes["selection"], per_task=is_per_task(nodes["selection"]))
 
     def split(self, name: str) -> Node:
         """The stage that draws one named subset of the pool."""

@@ -32,6 +32,7 @@ def make(job: Job) -> Metrics:
         "fidelity_layers": tables.fidelity_layers(study),
         "heldout": tables.heldout(study),
         "agreement": tables.agreement(study),
+        "overlap": selected.overlaps(study),
         "composition": selected.composition(study),
         "examples": selected.examples(study),
         "layers": tables.layers(study),

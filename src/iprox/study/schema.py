@@ -545,9 +545,60 @@ class FidelitySection(Section):
 
 
 class SelectSection(Section):
-    """How many examples of the ranking are kept, for each task."""
+    """Which examples of the ranking are kept, for each task or for all together."""
 
-    fraction: Fraction = Field(0.05, description="Share of the pool selected for each task.")
+    fraction: Fraction = Field(0.05, description="Share of the pool selected.")
+    count: int | None = Field(
+        None, gt=0, description="Number of examples selected, in place of fraction."
+    )
+    tasks: Literal["each", "round_robin", "union"] = Field(
+        "each",
+        description="A selection for each task; or one for all: each takes its best example left "
+        "in turn, or the best by calibrated scores are taken. One model is then trained.",
+    )
+    calibrate: Literal["rank", "zscore"] = Field(
+        "rank", description="tasks union: scale on which scores of tasks are compared."
+    )
+    method: Literal["top", "threshold", "k_centre", "facility_location", "dpp"] = Field(
+        "top",
+        description="The best; the best that are not alike; or, among a shortlist of the best, "
+        "greedy k-centre, facility location, or a determinantal process. All but top compare "
+        "features: sketches of gradients (features.kind) or embeddings.",
+    )
+    max_similarity: float = Field(
+        0.9, ge=-1, le=1, description="threshold: largest cosine to an example chosen before."
+    )
+    shortlist: float = Field(
+        4.0,
+        ge=1,
+        description="k_centre, facility_location, dpp: examples chosen among, in multiples of "
+        "those selected.",
+    )
+    quality_weight: float = Field(
+        1.0,
+        ge=0,
+        description="facility_location, dpp: weight of an example's place in the shortlist (1 the "
+        "best, 0 the last) against diversity.",
+    )
+    duplicates: Literal["keep", "text", "near"] = Field(
+        "keep",
+        description="Leave out examples whose words are those of a better one, or whose word "
+        "5-grams overlap with one's.",
+    )
+    duplicate_overlap: Fraction = Field(
+        0.8, description="duplicates near: Jaccard similarity from which they are duplicates."
+    )
+    quotas: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default={},
+        description="Largest share of the selection by category; '*' is every other one. With "
+        "methods top and threshold.",
+    )
+    quota_by: Literal["category", "source"] = Field(
+        "category", description="What quotas are shares of."
+    )
+    seed: int = Field(
+        0, description="Seed of the parts that a large shortlist is cut into: 8192 examples each."
+    )
 
 
 class FinetuneSection(Section):
