@@ -13,7 +13,8 @@ A proxy of whole blocks is made by extraction alone, in place of probe to proxy;
 target and a warmup of its own.
 
 Run `snakemake` for everything, or one of: rankings, fidelities, selections, report; and, apart
-from any study, f3: what IPSVD keeps of a small network's influence, beside plain SVD.
+from any study, f3: what IPSVD keeps of a small network's influence, beside plain SVD. `faithfulness`
+judges a study's runs by retraining a tiny model on random subsets of its pool.
 """
 
 from snakemake.utils import min_version
@@ -38,6 +39,7 @@ include: "workflow/rules/papers.smk"
 localrules:
     all,
     f3,
+    faithfulness,
     rankings,
     fidelities,
     selections,

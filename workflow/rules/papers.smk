@@ -1,8 +1,10 @@
-"""Experiments of the papers that need no study."""
+"""Experiments beside a study: those of the papers, and its runs judged by retraining."""
 
+from iprox.plan.faithfulness import plan_faithfulness
 from iprox.plan.plan import synthetic_node
 
 SYNTHETIC = synthetic_node()
+JUDGED, FAITHFULNESS = plan_faithfulness(PLAN)
 
 
 rule synthetic:
@@ -31,3 +33,83 @@ rule synthetic:
 rule f3:
     input:
         made(SYNTHETIC),
+
+
+rule small:
+    # A tiny model trained on part of the pool, and on all candidates from there.
+    input:
+        all_parents("small", plan=JUDGED),
+    output:
+        files("small"),
+        manifest=manifest("small"),
+    log:
+        "results/logs/small/{id}.log",
+    benchmark:
+        "results/benchmarks/small/{id}.tsv"
+    conda:
+        "../../envs/iprox.yaml"
+    threads: 1
+    resources:
+        mem_mb=mem("small"),
+        runtime=runtime("small"),
+    params:
+        code=code("small"),
+        parents=parents("small", JUDGED),
+        spec=spec("small", JUDGED),
+    script:
+        "../scripts/small.py"
+
+
+rule retrain:
+    # The same training on random subsets of the candidates (arXiv:2303.14186, Eq. 2).
+    input:
+        all_parents("retrain", plan=JUDGED),
+    output:
+        files("retrain"),
+        manifest=manifest("retrain"),
+    log:
+        "results/logs/retrain/{id}.log",
+    benchmark:
+        "results/benchmarks/retrain/{id}.tsv"
+    conda:
+        "../../envs/iprox.yaml"
+    threads: 1
+    resources:
+        mem_mb=mem("retrain"),
+        runtime=runtime("retrain"),
+    params:
+        code=code("retrain"),
+        parents=parents("retrain", JUDGED),
+        spec=spec("retrain", JUDGED),
+    script:
+        "../scripts/retrain.py"
+
+
+rule faithfulness_table:
+    # How well the scores of every run predict what retraining measured.
+    input:
+        all_parents("faithfulness", plan=JUDGED),
+    output:
+        files("faithfulness"),
+        manifest=manifest("faithfulness"),
+    log:
+        "results/logs/faithfulness/{id}.log",
+    benchmark:
+        "results/benchmarks/faithfulness/{id}.tsv"
+    conda:
+        "../../envs/iprox.yaml"
+    threads: 1
+    resources:
+        mem_mb=mem("faithfulness"),
+        runtime=runtime("faithfulness"),
+    params:
+        code=code("faithfulness"),
+        parents=parents("faithfulness", JUDGED),
+        spec=spec("faithfulness", JUDGED),
+    script:
+        "../scripts/faithfulness.py"
+
+
+rule faithfulness:
+    input:
+        made(FAITHFULNESS),

@@ -29,6 +29,9 @@ MEM_MB = {
     "evaluation": 1800,
     "report": 1000,
     "synthetic": 1000,
+    "small": 1500,
+    "retrain": 1500,
+    "faithfulness": 2000,
 }
 GPU_MEM_MB = 16000
 RUNTIME_MIN = {

@@ -559,6 +559,54 @@ class SyntheticSection(Section):
     )
 
 
+class SmallModelSection(Section):
+    """Sizes of a model that is small enough to be retrained hundreds of times."""
+
+    vocabulary: int = Field(1024, ge=260, description="Tokens of its byte-level BPE tokenizer.")
+    width: int = Field(64, ge=8, description="Width of its residual stream.")
+    blocks: int = Field(2, ge=1, description="Its decoder blocks.")
+    heads: int = Field(4, ge=1, description="Attention heads of a block.")
+    max_length: int = Field(96, ge=8, description="Tokens per example; longer ones are cut.")
+    pretrain_epochs: float = Field(20.0, gt=0, description="Passes of its first training.")
+    pretrain_lr: float = Field(3e-3, gt=0, description="Peak learning rate of AdamW there.")
+    epochs: float = Field(5.0, gt=0, description="Passes of its second training.")
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW there.")
+    batch: int = Field(16, gt=0, description="Sequences per step, in both.")
+    seeds: int = Field(3, ge=1, description="Draws of examples, weights and subsets.")
+    bootstrap: int = Field(
+        1000, ge=0, description="Resamples of the 95 % intervals; 0: no intervals."
+    )
+
+    def trainings(self, seed: int) -> tuple[WarmupSection, FinetuneSection]:
+        """Settings of both trainings; the first trains all weights, the second the blocks."""
+        first = WarmupSection(
+            epochs=self.pretrain_epochs,
+            lr=self.pretrain_lr,
+            batch=self.batch,
+            freeze_embed_head=False,
+            seed=seed,
+        )
+        second = FinetuneSection(
+            epochs=self.epochs, lr=self.lr, batch=self.batch, freeze_embed_head=True, seed=seed
+        )
+        return first, second
+
+
+class FaithfulnessSection(SmallModelSection):
+    """Ground truth for the runs of a study, on a tiny model (``snakemake faithfulness``).
+
+    The model is trained on part of the pool first, and then on candidates: on all of them, for
+    each run's way of scoring, and again and again on random halves. The linear datamodeling
+    score is the rank correlation of what the scores of a subset add up to and what training on
+    it did to the loss of each query.
+    """
+
+    candidates: int = Field(128, ge=4, description="Pool examples scored and retrained on.")
+    queries: int = Field(24, ge=1, description="Pool examples whose loss is explained.")
+    subsets: int = Field(64, ge=3, description="Random subsets retrained on, for every seed.")
+    fraction: float = Field(0.5, gt=0, lt=1, description="Share of the candidates in a subset.")
+
+
 class RunConfig(Section):
     """One way of scoring the pool, resolved: every section a run may override."""
 
@@ -600,6 +648,7 @@ class StudyConfig(RunConfig):
         1, gt=0, le=100_000, description="Scoring jobs the pool is cut into. Changes no result."
     )
     report: ReportSection = ReportSection()
+    faithfulness: FaithfulnessSection = FaithfulnessSection()
     runs: dict[Name, dict[str, Any]] = Field(
         min_length=1,
         description="Named overrides of the sections above; a list of values is a grid.",
