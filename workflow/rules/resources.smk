@@ -10,6 +10,7 @@ MEM_MB = {
     "target": 2000,
     "split": 1000,
     "warmup": 3000,
+    "checkpoint": 2000,
     "probe": 2500,
     "decomposition": 1500,
     "sparsity": 3500,

@@ -26,6 +26,7 @@ from iprox.numerics.ranks import (
 )
 from iprox.plan.nodes import Node
 from iprox.plan.volumes import Texts, Volumes
+from iprox.study.scorers import SCORERS
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
@@ -104,6 +105,7 @@ class Estimator:
         by_stage: Mapping[str, Callable[[Node], Need]] = {
             "target": self._target,
             "warmup": self._warmup,
+            "checkpoint": self._checkpoint,
             "probe": self._probe,
             "decomposition": self._decomposition,
             "factors": self._factors,
@@ -229,7 +231,15 @@ class Estimator:
 
     def _warmup(self, node: Node) -> Need:
         section = node.params["warmup"]
-        return self._training(node, self.split_texts(node), section)
+        need = self._training(node, self.split_texts(node), section)
+        if "epochs" not in node.params:
+            return need
+        kept = 4 * self.parameters * (math.ceil(section["epochs"]) - 1)
+        return replace(need, disk=need.disk + kept)
+
+    def _checkpoint(self, node: Node) -> Need:
+        weights = self.parameters * BYTES[node.params["compute"]["dtype"]]
+        return Need(memory=PROCESS + 4 * self.parameters + weights, disk=weights)
 
     def _finetune(self, node: Node) -> Need:
         pool = node.parents["selection"].parents["pool"]
@@ -238,7 +248,7 @@ class Estimator:
         n = max(1, math.floor(Fraction(str(fraction)) * texts.n))
         if node.params["subset"]["task"] == "all":
             ranking = node.parents["selection"].parents["ranking"].params
-            several = ranking["scorer"]["kind"] != "random"  # a random order is every task's
+            several = SCORERS[ranking["scorer"]["kind"]].is_by_task
             n = min(texts.n, n * len(ranking["tasks"])) if several else n
         return self._training(node, texts._replace(n=n), node.params["finetune"])
 

@@ -16,17 +16,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from iprox.study.estimators import ESTIMATORS
+from iprox.study.scorers import SCORERS
 
 if TYPE_CHECKING:
     EstimatorName = str
+    ScorerName = str
 else:
     EstimatorName = Literal[tuple(ESTIMATORS)]
+    ScorerName = Literal[tuple(SCORERS)]
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Size = Annotated[int | float, Field(gt=0)]
 """A number of examples: an integer counts them, a float up to 1.0 is a share of the pool."""
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(pattern=NAME)]
 
 
 class Section(BaseModel):
@@ -410,6 +414,12 @@ class InfluenceSection(Section):
         description="Precision in which query gradients are held while examples are scored: "
         "bfloat16 takes half the memory; what rounding loses is stored beside the scores.",
     )
+    checkpoints: Literal["last", "epochs"] = Field(
+        "last",
+        description="Measure influence at the end of the warm-up, or at the end of each of its "
+        "epochs, summed by their learning rates, as TracIn and LESS do; every checkpoint has a "
+        "proxy and a scoring pass of its own.",
+    )
     on_nonfinite: Literal["error", "skip"] = Field(
         "error",
         description="An example whose loss or gradient is not finite stops the job, or is left "
@@ -476,8 +486,19 @@ class FeaturesSection(Section):
 class ScorerSection(Section):
     """What ranks the pool."""
 
-    kind: Literal["gradient", "random"] = Field(
-        "gradient", description="Gradient influence through the proxy, or random order."
+    kind: ScorerName = Field(
+        "gradient",
+        description="Gradient influence through the proxy; or random order, length of the "
+        "response, or similarity of words to the queries (TF-IDF, BM25).",
+    )
+    prefer: Literal["high", "low", "middle"] = Field(
+        "high", description="length: which values rank first."
+    )
+    text: Literal["all", "prompt", "response"] = Field(
+        "all", description="tfidf, bm25: part of candidates and queries that is compared."
+    )
+    over_queries: Literal["mean", "max"] = Field(
+        "mean", description="tfidf, bm25: one score from the similarities to a task's queries."
     )
     draws: int = Field(
         1, ge=1, le=1000, description="random: number of independent draws, a run each."
