@@ -25,7 +25,7 @@ from iprox.numerics.datamodels import (
     with_interval,
 )
 from iprox.numerics.kfac import Damping
-from iprox.plan.faithfulness import plan_faithfulness
+from iprox.plan.faithfulness import check_judged, plan_faithfulness
 from iprox.plan.plan import plan_study
 from iprox.stages import faithfulness, retrain, small
 from iprox.store.tables import read_arrow, read_table
@@ -359,16 +359,20 @@ def test_the_table_has_every_run_and_what_proxies_keep(
 
 
 @pytest.mark.parametrize(
-    ("proxy", "key"),
+    ("run", "key"),
     [
-        ({"kind": "layers"}, "proxy.kind"),
-        ({"sparsity": "auto"}, "proxy.sparsity"),
-        ({"rank_allocation": "global"}, "proxy.rank_allocation"),
+        ({"proxy": {"kind": "layers"}}, "proxy.kind"),
+        ({"proxy": {"sparsity": "auto"}}, "proxy.sparsity"),
+        ({"proxy": {"rank_allocation": "global"}}, "proxy.rank_allocation"),
+        ({"scorer": {"kind": "bm25"}}, "scorer.kind"),
+        ({"influence": {"checkpoints": "epochs"}}, "influence.checkpoints"),
     ],
 )
-def test_a_run_that_a_tiny_model_cannot_stand_for_is_named(proxy: dict[str, Any], key: str) -> None:
-    with pytest.raises(ConfigError, match=f"runs.mine, {key}"):
-        faithfulness.method_of("mine", runs()["tracin"] | {"proxy": proxy})
+def test_a_run_that_the_tiny_model_cannot_follow_is_named(run: dict[str, Any], key: str) -> None:
+    path = ROOT / "config" / "small" / "faithfulness.yaml"
+    check_judged(plan_study(load_study([path])))
+    with pytest.raises(ConfigError, match=f"runs.mine: {key}"):
+        check_judged(plan_study(load_study([path], {"runs": {"mine": run}})))
 
 
 def test_the_plan_shares_the_studys_pool_and_changes_none_of_its_stages() -> None:

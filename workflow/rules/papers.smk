@@ -1,10 +1,16 @@
 """Experiments beside a study: those of the papers, and its runs judged by retraining."""
 
-from iprox.plan.faithfulness import plan_faithfulness
+from iprox.plan.faithfulness import check_judged, plan_faithfulness
 from iprox.plan.plan import synthetic_node
 
 SYNTHETIC = synthetic_node()
 JUDGED, FAITHFULNESS = plan_faithfulness(PLAN)
+
+
+def judged(wildcards):
+    """Input function: the table, once every run of the study is one that can be judged."""
+    check_judged(PLAN)
+    return made(FAITHFULNESS)
 
 
 rule synthetic:
@@ -112,4 +118,4 @@ rule faithfulness_table:
 
 rule faithfulness:
     input:
-        made(FAITHFULNESS),
+        judged,
