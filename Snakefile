@@ -7,7 +7,8 @@ The order of a study, a rule each; every arrow is a file:
       ─> query ─> features (shards) ─> ranking ─> selection ─> finetune ─> evaluation ─> report
                                      └> fidelity (proxy against target)
     for second-order influence, between query and features: covariance (shards) ─> curvature
-      ─> eigenvalues (shards) ─> direction
+      ─> eigenvalues (shards) ─> direction; for influence across two trainings also of the model
+      of a second warmup, on a pool of its own
 
 Where influence is summed over checkpoints, checkpoint takes the weights of each earlier epoch out of
 warmup, and what follows it, up to features, is done at each of them.

@@ -17,6 +17,7 @@ from iprox.plan.plan import plan_study
 from iprox.study.load import flatten, load_study
 from iprox.study.schema import (
     FaithfulnessSection,
+    FinetunedSection,
     PoolSection,
     ReportSection,
     RunConfig,
@@ -45,6 +46,7 @@ def schema_defaults() -> dict[str, Any]:
         "target": TargetSection(),
         "pool": PoolSection(name="x"),
         "report": ReportSection(),
+        "finetuned": FinetunedSection(),
         "faithfulness": FaithfulnessSection(),
     }
     values = {name: section.model_dump() for name, section in sections.items()}

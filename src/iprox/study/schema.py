@@ -400,7 +400,8 @@ class InfluenceSection(Section):
         "tracin",
         description="What is done to the query gradient before scoring; tracin: nothing (with "
         "score: dot that is GradDot). kfac, ekfac and datainf multiply it by an inverse curvature "
-        "of the scoring model, as influence functions do.",
+        "of the scoring model, as influence functions do; multistage takes it at a model that "
+        "was fine-tuned afterwards, and by that model's curvature first.",
     )
     query_rank: int = Field(
         0,
@@ -452,7 +453,36 @@ class CurvatureSection(Section):
         description="kfac, ekfac: longer inputs or outputs are split into blocks, correlations "
         "between which are dropped.",
     )
+    proximity: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        "auto",
+        description="multistage: how strongly fine-tuning held the weights to those it began "
+        "with; auto: one over the sum of its learning rates.",
+    )
     seed: int = Field(0, description="Seed of sampled labels.")
+
+
+class FinetunedSection(Section):
+    """What the target was fine-tuned on after the pool, for the estimator multistage.
+
+    The pool is then the text of an earlier stage of training, scored at the target, and tasks
+    are measured at the fine-tuned model (arXiv:2505.05017).
+    """
+
+    pool: PoolSection | None = Field(None, description="Examples of the fine-tuning.")
+    model: str | None = Field(
+        None,
+        description="The fine-tuned model, named as target.model is; absent: the study fine-tunes "
+        "the warmed-up target itself.",
+    )
+    revision: str | None = Field(None, description="Hub commit or tag of model.")
+    examples: Size = Field(1.0, description="Examples of this pool that are trained on.")
+    epochs: float = Field(1.0, gt=0, description="Passes over them.")
+    lr: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
+    batch: int = Field(32, gt=0, description="Sequences per optimizer step.")
+    fisher: Size = Field(
+        1024, description="Examples the fine-tuned model's curvature is fitted on."
+    )
+    seed: int = Field(0, description="Seed of the order of examples, and of both draws.")
 
 
 class FeaturesSection(Section):
@@ -669,6 +699,7 @@ class StudyConfig(RunConfig):
         1, gt=0, le=100_000, description="Scoring jobs the pool is cut into. Changes no result."
     )
     report: ReportSection = ReportSection()
+    finetuned: FinetunedSection = FinetunedSection()
     faithfulness: FaithfulnessSection = FaithfulnessSection()
     runs: dict[Name, dict[str, Any]] = Field(
         min_length=1,
