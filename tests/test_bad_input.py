@@ -153,6 +153,7 @@ def run_node(node: Node, make: Any, folder: Path) -> str:
         wildcards=SimpleNamespace(),
         config={},
         threads=1,
+        resources=SimpleNamespace(),
     )
     with pytest.raises(SystemExit) as caught:
         run_rule(rule, make)
@@ -281,6 +282,7 @@ def test_a_split_larger_than_the_pool_is_refused(
         wildcards=SimpleNamespace(),
         config={},
         threads=1,
+        resources=SimpleNamespace(),
     )
     run_rule(first_rule, pool.make)
     message = run_node(only(study, "split", tmp_path), split.make, tmp_path)

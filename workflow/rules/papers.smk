@@ -26,8 +26,8 @@ rule synthetic:
         "../../envs/iprox.yaml"
     threads: 1
     resources:
-        mem_mb=mem("synthetic"),
-        runtime=runtime("synthetic"),
+        mem_mb=small_mem,
+        runtime=small_runtime,
     params:
         code=code("synthetic"),
         parents={},
@@ -56,8 +56,8 @@ rule small:
         "../../envs/iprox.yaml"
     threads: 1
     resources:
-        mem_mb=mem("small"),
-        runtime=runtime("small"),
+        mem_mb=tiny_model_mem,
+        runtime=small_runtime,
     params:
         code=code("small"),
         parents=parents("small", JUDGED),
@@ -81,8 +81,8 @@ rule retrain:
         "../../envs/iprox.yaml"
     threads: 1
     resources:
-        mem_mb=mem("retrain"),
-        runtime=runtime("retrain"),
+        mem_mb=tiny_model_mem,
+        runtime=small_runtime,
     params:
         code=code("retrain"),
         parents=parents("retrain", JUDGED),
@@ -106,8 +106,8 @@ rule faithfulness_table:
         "../../envs/iprox.yaml"
     threads: 1
     resources:
-        mem_mb=mem("faithfulness"),
-        runtime=runtime("faithfulness"),
+        mem_mb=tiny_model_mem,
+        runtime=small_runtime,
     params:
         code=code("faithfulness"),
         parents=parents("faithfulness", JUDGED),

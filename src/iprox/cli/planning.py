@@ -23,8 +23,13 @@ class Line:
     runs: tuple[str, ...]
 
 
-def load_plan(configs: list[Path], data_dir: str | None = None) -> Plan:
+def load_plan(configs: list[Path], data_dir: str | None = None, weights: bool = True) -> Plan:
     """Plan of a study file and its overlays, with every named file checked.
+
+    Args:
+        configs: The files, later ones winning.
+        data_dir: Folder that wins over the study's own.
+        weights: Whether model folders must have their weights.
 
     Raises:
         ConfigError: The study breaks the schema.
@@ -32,7 +37,7 @@ def load_plan(configs: list[Path], data_dir: str | None = None) -> Plan:
         ModelError: A model folder lacks its config or its weights.
     """
     plan = plan_study(load_study(configs, {} if data_dir is None else {"data_dir": data_dir}))
-    check_inputs(plan, Path(plan.study.config.data_dir or "."))
+    check_inputs(plan, Path(plan.study.config.data_dir or "."), weights)
     return plan
 
 

@@ -22,12 +22,13 @@ OWN_FILE = {"messages", "tydiqa"}
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
-def check_inputs(plan: Plan, data_dir: Path) -> None:
+def check_inputs(plan: Plan, data_dir: Path, weights: bool = True) -> None:
     """Check the keys and files that every stage of a plan names.
 
     Args:
         plan: A study's plan.
         data_dir: Folder that the study's paths are relative to.
+        weights: Whether model folders must have weights; to plan a study, sizes are enough.
 
     Raises:
         ConfigError: A task's keys do not go with its kind.
@@ -47,7 +48,7 @@ def check_inputs(plan: Plan, data_dir: Path) -> None:
         if node.stage in ("pool", "task"):
             _check_data(node, data_dir)
         if node.stage == "target":
-            _check_model(node.params["target"]["model"], data_dir)
+            _check_model(node.params["target"]["model"], data_dir, weights)
         raw_input_files(node.params, data_dir)
 
 
@@ -94,7 +95,7 @@ def _check_data(node: Node, data_dir: Path) -> None:
             )
 
 
-def _check_model(model: str, data_dir: Path) -> None:
+def _check_model(model: str, data_dir: Path, weights: bool) -> None:
     """Check a local model folder; names of packages and of the hub are left to their job."""
     check_path(model, "target.model, or proxy.model of a run")
     if model.startswith((".", "/")) or model.count("/") > 1:  # no name that a hub could have
@@ -132,7 +133,7 @@ def _check_model(model: str, data_dir: Path) -> None:
             allowed="a JSON object with model_type",
             fix="download or save the model again",
         )
-    if not any((folder / name).is_file() for name in WEIGHTS):
+    if weights and not any((folder / name).is_file() for name in WEIGHTS):
         raise ModelError(
             "a model folder has no safetensors weights",
             where=folder,
