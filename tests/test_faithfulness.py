@@ -194,7 +194,7 @@ def test_ekfac_is_the_best_diagonal_in_kfacs_basis(attribution: Attribution) -> 
         best = error(curvature.eigenvalues())
         assert best <= error(attribution.curvature[name].eigenvalues())
         generator = torch.Generator().manual_seed(0)
-        for _ in range(20):
+        for _ in range(100):
             factors = torch.rand(rows.shape[1:], generator=generator, dtype=rows.dtype) * 2
             assert best <= error(curvature.eigenvalues() * factors)
 
@@ -365,6 +365,10 @@ def test_the_table_has_every_run_and_what_proxies_keep(
         ({"proxy": {"sparsity": "auto"}}, "proxy.sparsity"),
         ({"proxy": {"rank_allocation": "global"}}, "proxy.rank_allocation"),
         ({"scorer": {"kind": "bm25"}}, "scorer.kind"),
+        (
+            {"proxy": {"kind": "target"}, "influence": {"estimator": "multistage"}},
+            "influence.estimator",
+        ),
         ({"influence": {"checkpoints": "epochs"}}, "influence.checkpoints"),
     ],
 )
@@ -372,7 +376,8 @@ def test_a_run_that_the_tiny_model_cannot_follow_is_named(run: dict[str, Any], k
     path = ROOT / "config" / "small" / "faithfulness.yaml"
     check_judged(plan_study(load_study([path])))
     with pytest.raises(ConfigError, match=f"runs.mine: {key}"):
-        check_judged(plan_study(load_study([path], {"runs": {"mine": run}})))
+        extra = {"finetuned": {"pool": {"name": "alpaca-demo"}}, "runs": {"mine": run}}
+        check_judged(plan_study(load_study([path], extra)))
 
 
 def test_the_plan_shares_the_studys_pool_and_changes_none_of_its_stages() -> None:

@@ -56,6 +56,7 @@ rule small:
         "../../envs/iprox.yaml"
     threads: 1
     resources:
+        gpu=1,
         mem_mb=tiny_model_mem,
         runtime=small_runtime,
     params:
@@ -81,6 +82,7 @@ rule retrain:
         "../../envs/iprox.yaml"
     threads: 1
     resources:
+        gpu=1,
         mem_mb=tiny_model_mem,
         runtime=small_runtime,
     params:
@@ -106,6 +108,7 @@ rule faithfulness_table:
         "../../envs/iprox.yaml"
     threads: 1
     resources:
+        gpu=1,
         mem_mb=tiny_model_mem,
         runtime=small_runtime,
     params:

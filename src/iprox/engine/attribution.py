@@ -25,7 +25,8 @@ from iprox.numerics.datainf import swapped_inverse_weights
 from iprox.numerics.ghost import widen
 from iprox.numerics.kfac import Damping, Eigenbasis, LayerCurvature, eigenbasis
 
-ESTIMATORS = ("tracin", "kfac", "ekfac", "datainf")
+IDENTITY = ("tracin", "graddot")
+ESTIMATORS = (*IDENTITY, "kfac", "ekfac", "datainf")
 Gradients = dict[str, Tensor]
 """Layer -> (queries, out, in)."""
 
@@ -114,7 +115,7 @@ class Attribution:
             NumericsError: A curvature cannot be inverted.
         """
         gradients = self.query_gradients
-        if estimator == "tracin":
+        if estimator in IDENTITY:
             return gradients
         if estimator == "datainf":
             return self._datainf(gradients, damping)

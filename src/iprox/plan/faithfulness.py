@@ -18,6 +18,10 @@ JUDGED = ("scorer", "proxy", "influence", "curvature")
 """Sections of a run that say how it scores."""
 
 
+ESTIMATORS = ("tracin", "graddot", "kfac", "ekfac", "datainf")
+"""Those that one training is enough for."""
+
+
 def plan_faithfulness(study: Plan) -> tuple[Plan, Node]:
     """The stages that judge the runs of a planned study, and the last of them."""
     plan, config = Plan(study.study), study.study.config
@@ -58,6 +62,7 @@ def check_judged(study: Plan) -> None:
         }
         if scorer.kind == "gradient":
             asked["proxy.kind"] = (proxy.kind, ("target", "ipsvd", "svd"))
+            asked["influence.estimator"] = (influence.estimator, ESTIMATORS)
             asked["influence.checkpoints"] = (influence.checkpoints, ("last",))
         if scorer.kind == "gradient" and proxy.is_factorised:
             found = "auto" if proxy.sparsity == "auto" else "a number"

@@ -398,10 +398,11 @@ class InfluenceSection(Section):
     )
     estimator: EstimatorName = Field(
         "tracin",
-        description="What is done to the query gradient before scoring; tracin: nothing (with "
-        "score: dot that is GradDot). kfac, ekfac and datainf multiply it by an inverse curvature "
-        "of the scoring model, as influence functions do; multistage takes it at a model that "
-        "was fine-tuned afterwards, and by that model's curvature first.",
+        description="What is done to the query gradient before scoring; tracin: nothing; graddot: "
+        "nothing either, and scores are dot products whatever score says. kfac, ekfac and "
+        "datainf multiply it by an inverse curvature of the scoring model, as influence "
+        "functions do; multistage takes it at a model that was fine-tuned afterwards, and by "
+        "that model's curvature first.",
     )
     query_rank: int = Field(
         0,
@@ -426,6 +427,13 @@ class InfluenceSection(Section):
         description="An example whose loss or gradient is not finite stops the job, or is left "
         "out of the ranking, counted and listed.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _graddot_is_a_dot_product(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("estimator") == "graddot":
+            return {**values, "score": "dot"}
+        return values
 
 
 class CurvatureSection(Section):
