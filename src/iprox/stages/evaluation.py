@@ -201,7 +201,7 @@ class Preparation:
                     where=row["example_id"],
                     value=f"{len(item.prompt)} tokens with one",
                     allowed=item.not_run,
-                    fix="raise evaluate.max_length (of losses chat.max_length), or lower test_shots",
+                    fix="raise evaluate.max_length (losses: chat.max_length), or lower test_shots",
                 )
         return replace(item, n_shots=n, n_shots_dropped=len(shots) - n, n_cut=n_cut)
 
