@@ -72,8 +72,8 @@ rule features:
         "../../envs/iprox.yaml"
     threads: 1
     resources:
-        mem_mb=mem("ranking"),
-        runtime=runtime("ranking"),
+        mem_mb=small_mem,
+        runtime=small_runtime,
     params:
         spec=spec("features"),
     script:
@@ -81,11 +81,9 @@ rule features:
 
 
 rule ranking:
-    # Scores, sorted.
+    # Scores, sorted; all there is to do for a scorer that needs no gradients.
     input:
-        features=parent("ranking", "features"),
-        queries=all_parents("ranking", "query/"),
-        pool=parent("ranking", "pool"),
+        all_parents("ranking"),
     output:
         files("ranking"),
         manifest=manifest("ranking"),
@@ -95,12 +93,16 @@ rule ranking:
         "results/benchmarks/ranking/{id}.tsv"
     conda:
         "../../envs/iprox.yaml"
-    threads: 1
+    threads: lambda wildcards: model_threads() if passes_model(wildcards) else 1
     resources:
-        mem_mb=mem("ranking"),
-        runtime=runtime("ranking"),
+        gpu=lambda wildcards: int(passes_model(wildcards)),
+        gpu_mem_mb=lambda wildcards, attempt: (
+            passes_model(wildcards) * gpu_mem("ranking")(wildcards, attempt)
+        ),
+        mem_mb=of_ranking(mem),
+        runtime=of_ranking(runtime),
     params:
-        code=code("ranking"),
+        code=ranking_code,
         parents=parents("ranking"),
         spec=spec("ranking"),
     script:

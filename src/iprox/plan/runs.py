@@ -5,13 +5,16 @@ Each method adds a stage, or some, and says which parameters it depends on: thos
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from iprox.errors import ConfigError
 from iprox.plan.nodes import Node, Plan
+from iprox.plan.scorers import scorer_nodes
 from iprox.study.estimators import ESTIMATORS
 from iprox.study.load import Run
 from iprox.study.schema import ProxySection, TaskSection
+from iprox.study.scorers import GRADIENT, SCORERS
 
 QUERY_KEYS = {"loss_reduction", "val_agg"}
 """Keys of the section ``influence`` that query gradients depend on."""
@@ -39,11 +42,22 @@ CUT = {*RANK_RULE, "rank_allocation", "gauge"}
 """Keys of the section ``proxy`` that the factors depend on, besides the decomposition."""
 
 
-class RunPlanner:
-    """Adds the stages of one run to a plan, from the pool to the evaluations."""
+SAME_AT_EVERY_EPOCH = {"pool", "target", "model", "proxy-target"}
+"""Links of a scoring model that are shown once, however many checkpoints it is made at."""
 
-    def __init__(self, plan: Plan, run: Run) -> None:
-        self.plan, self.run, self.config = plan, run, run.config
+
+class RunPlanner:
+    """Adds the stages of one run to a plan, from the pool to the evaluations.
+
+    Args:
+        plan: What stages are added to.
+        run: The run.
+        epoch: Of the warm-up, from 1: what is done at its end is done at the end of this epoch
+            instead. The last when absent.
+    """
+
+    def __init__(self, plan: Plan, run: Run, epoch: int | None = None) -> None:
+        self.plan, self.run, self.config, self.epoch = plan, run, run.config, epoch
         self.tasks = plan.study.config.tasks
         self.pool, self.target = plan.shared["pool"], plan.shared["target"]
         target = plan.study.config.target
@@ -52,14 +66,14 @@ class RunPlanner:
 
     def nodes(self) -> dict[str, Node]:
         """All stages of the run by link name."""
-        random = self.config.scorer.kind == "random"
-        nodes = {"pool": self.pool} if random else self._scoring_model()
-        until = self.config.until
-        if not random:
+        kind, until = self.config.scorer.kind, self.config.until
+        nodes = {"pool": self.pool}
+        if kind == GRADIENT:
+            nodes = self._scoring_model()
             nodes |= self._fidelity(nodes)
         if until == "fidelity":
             return nodes
-        nodes |= self._random_ranking() if random else self._gradient_ranking(nodes)
+        nodes |= self._gradient_ranking(nodes) if kind == GRADIENT else scorer_nodes(self)
         if until == "ranking":
             return nodes
         nodes["selection"] = self.plan.add(
@@ -70,7 +84,7 @@ class RunPlanner:
         )
         if until == "selection":
             return nodes
-        return nodes | self._outcome(nodes["selection"], per_task=not random)
+        return nodes | self._outcome(nodes["selection"], per_task=SCORERS[kind].is_by_task)
 
     def split(self, name: str) -> Node:
         """The stage that draws one named subset of the pool."""
@@ -81,7 +95,7 @@ class RunPlanner:
         return self.plan.add("split", name, {"split": params}, {"pool": self.pool})
 
     def warmup(self, model: Node | None = None) -> Node:
-        """The warmed-up target, or another model warmed up as the target is."""
+        """The warmed-up target, or another model warmed up as the target is, at the epoch."""
         target = model or self.target
         split = self.split("warmup")
         params = {
@@ -89,8 +103,24 @@ class RunPlanner:
             "compute": self.compute,
             "warmup": self.config.warmup.model_dump(),
         }
+        if self._earlier_epochs():
+            params["epochs"] = {"kept": True}
         parents = {"pool": self.pool, "split": split, "target": target}
-        return self.plan.add("warmup", target.params["target"]["model"], params, parents)
+        label = target.params["target"]["model"]
+        warmup = self.plan.add("warmup", label, params, parents)
+        if self.epoch is None:
+            return warmup
+        return self.plan.add(
+            "checkpoint",
+            f"{label}-epoch-{self.epoch}",
+            {"checkpoint": {"epoch": self.epoch}, "compute": self.compute},
+            {"warmup": warmup},
+        )
+
+    def _earlier_epochs(self) -> range:
+        """Epochs of the warm-up before its last whose checkpoints influence is summed over."""
+        influence, epochs = self.config.influence, self.config.warmup.epochs
+        return range(1, math.ceil(epochs) if influence.checkpoints == "epochs" else 1)
 
     def _scoring_model(self) -> dict[str, Node]:
         """The model that scores, as ``model``, and what it is made of."""
@@ -412,36 +442,42 @@ class RunPlanner:
 
     def _gradient_ranking(self, nodes: dict[str, Node]) -> dict[str, Node]:
         """Features of the pool, and the ranking, which sketches the queries if it needs to."""
-        features = self.features(nodes["model"], "all")
-        curvature = self.curvature(self._asked(nodes["model"]))
+        nodes = nodes | self._scored(nodes["model"])
         params: dict[str, Any] = {
             "influence": self.config.influence.model_dump(),
             "scorer": {"kind": "gradient"},
             "tasks": [task.name for task in self.tasks],
         }
-        parents = {"features": features}
+        parents = self._ranked(nodes)
         if self.sketch():
             params["features"] = self.sketch()
-            parents |= self.queries(nodes["model"])
-        ranking = self.plan.add("ranking", features.label, params, parents)
-        return {**curvature, "features": features, "ranking": ranking}
+        for epoch in self._earlier_epochs():
+            then = RunPlanner(self.plan, self.run, epoch)
+            made = then._scoring_model()
+            made |= then._scored(made["model"])
+            at = then._ranked(made).items()
+            parents |= {f"checkpoint/{epoch}/{role}": node for role, node in at}
+            shown = {key: node for key, node in made.items() if key not in SAME_AT_EVERY_EPOCH}
+            nodes |= {f"{key}-epoch-{epoch}": node for key, node in shown.items()}
+        if self._earlier_epochs():
+            parents["warmup"] = nodes["warmup"]
+        label = nodes["features"].label
+        label = f"{label}-epochs" if self._earlier_epochs() else label
+        return nodes | {"ranking": self.plan.add("ranking", label, params, parents)}
 
-    def _random_ranking(self) -> dict[str, Node]:
-        scorer = self.config.scorer
-        params: dict[str, Any] = {
-            "scorer": {"kind": "random", "seed": scorer.seed + self.run.draw},
-            "tasks": [task.name for task in self.tasks],
-        }
-        return {
-            "ranking": self.plan.add(
-                "ranking", f"random-{params['scorer']['seed']}", params, {"pool": self.pool}
-            )
-        }
+    def _scored(self, model: Node) -> dict[str, Node]:
+        """The scoring pass over the pool, and the curvature that its queries were changed by."""
+        return {**self.curvature(self._asked(model)), "features": self.features(model, "all")}
+
+    def _ranked(self, nodes: dict[str, Node]) -> dict[str, Node]:
+        """What a ranking reads of one checkpoint: features, and queries if they are sketches."""
+        queries = self.queries(nodes["model"]) if self.sketch() else {}
+        return {"features": nodes["features"], **queries}
 
     def _outcome(self, selection: Node, per_task: bool) -> dict[str, Node]:
         """Fine-tuning on the selection of each task, and the evaluation of what comes out.
 
-        A random order is the same for every task, so one model serves all of them.
+        An order that is the same for every task, as a random one is, needs one model for all.
         """
         nodes: dict[str, Node] = {}
         if not self.config.finetune.enabled:
