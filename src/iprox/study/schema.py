@@ -129,10 +129,18 @@ class TaskSection(Section):
         description="File of development examples below data_dir; absent for mmlu and bbh, whose "
         "development examples come with the lm-eval package.",
     )
+    hub: Hub | None = Field(
+        None, description="Development examples from the hub instead: a data set and its split."
+    )
     prompts: str | None = Field(None, description="bbh only: JSON file of 3-shot prompts by task.")
     test: str | None = Field(
         None,
         description="File of test items below data_dir; absent: held-out development examples.",
+    )
+    test_hub: Hub | None = Field(
+        None,
+        description="Test items from the hub instead; kind bbh without a configuration: one "
+        "configuration for each task.",
     )
     queries: int | None = Field(
         None,
@@ -150,7 +158,36 @@ class TaskSection(Section):
         ge=0,
         description="Worked examples in each query's prompt; the task's standard if absent.",
     )
+    test_prompt: Literal["benchmark", "query"] = Field(
+        "benchmark",
+        description="mmlu, bbh, tydiqa: test items are asked as the benchmark asks (MMLU and BBH "
+        "without chat template), or as the queries are. Losses are always measured as queries.",
+    )
+    test_shots: int | None = Field(
+        None,
+        ge=0,
+        description="Worked examples before a test item; absent: 5 for mmlu, 3 for bbh, 1 for "
+        "tydiqa (as many as there are), or the queries' number with test_prompt query.",
+    )
+    test_per_subtask: int | None = Field(
+        None,
+        gt=0,
+        description="Test items of a subtask, at most (seeded); absent: 40 for bbh, 200 for "
+        "tydiqa, else all.",
+    )
     seed: int = Field(0, description="Seed of all draws of this task.")
+
+    @property
+    def has_test(self) -> bool:
+        """Whether test items are read, beside those held out."""
+        return self.test is not None or self.test_hub is not None
+
+    @model_validator(mode="after")
+    def _one_source_each(self) -> TaskSection:
+        for path, hub in (("path", "hub"), ("test", "test_hub")):
+            if getattr(self, path) is not None and getattr(self, hub) is not None:
+                raise ValueError(f"give {path} or {hub}, not both")
+        return self
 
 
 class ChatSection(Section):
@@ -661,7 +698,15 @@ class EvaluateSection(Section):
     """What is measured of the base and of every fine-tuned model."""
 
     enabled: bool = Field(True, description="Evaluate the base and every fine-tuned model.")
-    accuracy: bool = Field(True, description="Likelihood accuracy where the task has choices.")
+    accuracy: bool = Field(
+        True, description="Measure choices and generated answers, not losses alone."
+    )
+    max_length: int = Field(
+        2048,
+        ge=8,
+        description="Tokens of a prompt that is answered; longer ones lose worked examples. "
+        "Losses keep to chat.max_length, as the queries do.",
+    )
     bootstrap: int = Field(
         1000, ge=0, description="Resamples of the 95 % intervals; 0: no intervals."
     )
