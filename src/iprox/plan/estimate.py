@@ -587,7 +587,7 @@ class Estimator:
         element = BYTES[node.params["compute"]["dtype"]]
         positions = self._batch(EVALUATION_TOKENS, texts)
         return Need(
-            flops=flops.evaluation(net, _load(texts)),
+            flops=flops.forward(net, _load(texts), texts.n),
             memory=self.process + element * self.parameters + self.logits(positions),
             disk=200 * texts.n,
             tokens=texts.n * texts.tokens,

@@ -31,6 +31,7 @@ def make(job: Job) -> Metrics:
         "fidelity": tables.fidelity(study),
         "fidelity_layers": tables.fidelity_layers(study),
         "heldout": tables.heldout(study),
+        "paired": tables.paired(study),
         "agreement": tables.agreement(study),
         "overlap": selected.overlaps(study),
         "diversity": tables.diversity(study),
