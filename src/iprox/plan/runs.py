@@ -24,10 +24,14 @@ MAX_FISHER_SHARDS = 8
 
 SKETCH_SIZES = {
     "countsketch": ("dim",),
+    "lora": ("dim", "rank"),
     "logra": ("rank",),
     "random": ("dim", "distribution"),
 }
 """Keys of the section ``features`` that a kind of sketch uses besides those of all kinds."""
+
+DISJOINT = {"align": "probe", "teach": "fidelity"}
+"""Split -> the one it shares no example with."""
 
 RANK_RULE = ("sparsity", "rank_multiple", "rank_rounding", "dense_rule")
 """Keys of the section ``proxy`` that give a layer its rank from its shape alone."""
@@ -76,8 +80,9 @@ class RunPlanner:
         """The stage that draws one named subset of the pool."""
         sizes = self.config.split
         params: dict[str, Any] = {"name": name, "size": getattr(sizes, name), "seed": sizes.seed}
-        if name == "align":
-            params["disjoint_from"] = {"name": "probe", "size": sizes.probe}
+        if name in DISJOINT:
+            other = DISJOINT[name]
+            params["disjoint_from"] = {"name": other, "size": getattr(sizes, other)}
         return self.plan.add("split", name, {"split": params}, {"pool": self.pool})
 
     def warmup(self, model: Node | None = None) -> Node:
