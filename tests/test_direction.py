@@ -404,7 +404,7 @@ def test_the_estimator_of_the_contributors_guide_runs(
     reader: Reader, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guide = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
-    file, line = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    file, line, *_ = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     [(name, reads)] = ast.literal_eval(f"{{{line}}}").items()
     (tmp_path / f"{name}.py").write_text(file)
     monkeypatch.setattr(estimators, "__path__", [*estimators.__path__, str(tmp_path)])

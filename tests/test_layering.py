@@ -34,9 +34,20 @@ FORBIDDEN = {
     "report": {"stages", "plan", "cli", "models", "engine"},
     "stages": {"plan", "cli"},
     "estimators": {"plan", "cli", "report"},
+    "scorers": {"plan", "cli", "report"},
     "store": {"stages", "plan", "cli", "report", "engine", "data"},
-    "study": {"estimators", "stages", "plan", "cli", "report", "engine", "data", "models"},
-    "plan": {"estimators", "stages", "cli", "report", "engine", "data", "models"},
+    "study": {
+        "estimators",
+        "scorers",
+        "stages",
+        "plan",
+        "cli",
+        "report",
+        "engine",
+        "data",
+        "models",
+    },
+    "plan": {"estimators", "scorers", "stages", "cli", "report", "engine", "data", "models"},
 }
 
 

@@ -9,6 +9,7 @@ from iprox.plan.environment import prepare_jobs
 from iprox.plan.plan import plan_study
 from iprox.store.inputs import raw_input_files
 from iprox.study.load import parse_study
+from iprox.study.scorers import GRADIENT
 
 # The files of each stage that its children open. They stand beside the manifest in a rule's
 # input: the manifest alone decides whether to rerun, the files must merely exist.
@@ -131,6 +132,13 @@ def estimator_code(wildcards):
     """Parameter: digest of the code that makes a direction, its estimator's included."""
     kind = PLAN.node("direction", wildcards.id).params["estimator"]["kind"]
     return code("direction") + code_hash(f"iprox.estimators.{kind}")
+
+
+def ranking_code(wildcards):
+    """Parameter: digest of the code that makes a ranking, its scorer's included."""
+    kind = PLAN.node("ranking", wildcards.id).params["scorer"]["kind"]
+    own = "" if kind == GRADIENT else code_hash(f"iprox.scorers.{kind}")
+    return code("ranking") + own
 
 
 def shards(stage):

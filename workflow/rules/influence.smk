@@ -83,9 +83,7 @@ rule features:
 rule ranking:
     # Scores, sorted.
     input:
-        features=parent("ranking", "features"),
-        queries=all_parents("ranking", "query/"),
-        pool=parent("ranking", "pool"),
+        all_parents("ranking"),
     output:
         files("ranking"),
         manifest=manifest("ranking"),
@@ -100,7 +98,7 @@ rule ranking:
         mem_mb=mem("ranking"),
         runtime=runtime("ranking"),
     params:
-        code=code("ranking"),
+        code=ranking_code,
         parents=parents("ranking"),
         spec=spec("ranking"),
     script:

@@ -26,11 +26,12 @@ NEUTRAL = frozenset(
         "iprox.numerics.flops",
         "iprox.progress",
         "iprox.study.schema",
+        "iprox.study.scorers",
     }
 )
 """Modules that cannot change a result: messages, progress and counts of operations, and the
-schema, whose effect on a stage is its parameters, which are part of its identity anyway. A count
-of operations that a stage stores is that of the code it was made with."""
+schema with its lists of names, whose effect on a stage is its parameters, which are part of its
+identity anyway. A count of operations that a stage stores is that of the code it was made with."""
 
 
 @cache

@@ -26,6 +26,7 @@ from iprox.numerics.ranks import (
 )
 from iprox.plan.nodes import Node
 from iprox.plan.volumes import Texts, Volumes
+from iprox.study.scorers import SCORERS
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
@@ -238,7 +239,7 @@ class Estimator:
         n = max(1, math.floor(Fraction(str(fraction)) * texts.n))
         if node.params["subset"]["task"] == "all":
             ranking = node.parents["selection"].parents["ranking"].params
-            several = ranking["scorer"]["kind"] != "random"  # a random order is every task's
+            several = SCORERS[ranking["scorer"]["kind"]].is_by_task
             n = min(texts.n, n * len(ranking["tasks"])) if several else n
         return self._training(node, texts._replace(n=n), node.params["finetune"])
 

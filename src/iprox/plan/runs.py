@@ -9,9 +9,11 @@ from typing import Any
 
 from iprox.errors import ConfigError
 from iprox.plan.nodes import Node, Plan
+from iprox.plan.scorers import scorer_nodes
 from iprox.study.estimators import ESTIMATORS
 from iprox.study.load import Run
 from iprox.study.schema import ProxySection, TaskSection
+from iprox.study.scorers import GRADIENT, SCORERS
 
 QUERY_KEYS = {"loss_reduction", "val_agg"}
 """Keys of the section ``influence`` that query gradients depend on."""
@@ -56,14 +58,14 @@ class RunPlanner:
 
     def nodes(self) -> dict[str, Node]:
         """All stages of the run by link name."""
-        random = self.config.scorer.kind == "random"
-        nodes = {"pool": self.pool} if random else self._scoring_model()
-        until = self.config.until
-        if not random:
+        kind, until = self.config.scorer.kind, self.config.until
+        nodes = {"pool": self.pool}
+        if kind == GRADIENT:
+            nodes = self._scoring_model()
             nodes |= self._fidelity(nodes)
         if until == "fidelity":
             return nodes
-        nodes |= self._random_ranking() if random else self._gradient_ranking(nodes)
+        nodes |= self._gradient_ranking(nodes) if kind == GRADIENT else scorer_nodes(self)
         if until == "ranking":
             return nodes
         nodes["selection"] = self.plan.add(
@@ -74,7 +76,7 @@ class RunPlanner:
         )
         if until == "selection":
             return nodes
-        return nodes | self._outcome(nodes["selection"], per_task=not random)
+        return nodes | self._outcome(nodes["selection"], per_task=SCORERS[kind].is_by_task)
 
     def split(self, name: str) -> Node:
         """The stage that draws one named subset of the pool."""
@@ -431,22 +433,10 @@ class RunPlanner:
         ranking = self.plan.add("ranking", features.label, params, parents)
         return {**curvature, "features": features, "ranking": ranking}
 
-    def _random_ranking(self) -> dict[str, Node]:
-        scorer = self.config.scorer
-        params: dict[str, Any] = {
-            "scorer": {"kind": "random", "seed": scorer.seed + self.run.draw},
-            "tasks": [task.name for task in self.tasks],
-        }
-        return {
-            "ranking": self.plan.add(
-                "ranking", f"random-{params['scorer']['seed']}", params, {"pool": self.pool}
-            )
-        }
-
     def _outcome(self, selection: Node, per_task: bool) -> dict[str, Node]:
         """Fine-tuning on the selection of each task, and the evaluation of what comes out.
 
-        A random order is the same for every task, so one model serves all of them.
+        An order that is the same for every task, as a random one is, needs one model for all.
         """
         nodes: dict[str, Node] = {}
         if not self.config.finetune.enabled:

@@ -15,6 +15,7 @@ from iprox.store.job import Job
 from iprox.store.manifest import MANIFEST, PROVENANCE, SPEC, read_manifest
 from iprox.store.tables import read_table
 from iprox.study.schema import ReportSection
+from iprox.study.scorers import GRADIENT
 
 BASE = "base"
 """Role prefix of the evaluations of the untouched target."""
@@ -98,7 +99,7 @@ class Run:
     Attributes:
         name: The run's name.
         group: Runs that differ only by a random draw share a group.
-        scorer: ``gradient`` or ``random``.
+        scorer: ``gradient``, ``random``, or another of :mod:`iprox.study.scorers`.
         proxy: ``target``, ``ipsvd``, ``svd``, ``layers``, ``model``, or None for a run without a
             proxy.
         sparsity: Share of the target the run asked to remove, or that was found for it; None if
@@ -134,7 +135,7 @@ class Run:
     @property
     def is_target(self) -> bool:
         """Whether the run scores exactly with the target itself: the reference of all others."""
-        return not self.is_random and self.proxy == "target" and self.sketch is None
+        return self.scorer == GRADIENT and self.proxy == "target" and self.sketch is None
 
     def of(self, kind: str, tasks: list[str]) -> dict[str, Artifact]:
         """The run's artifacts of one kind, by task; one made for all tasks counts for each."""
@@ -142,11 +143,16 @@ class Run:
         for_all = self.artifacts.get(f"{kind}-all")
         return {task: a for task, got in found.items() if (a := got or for_all) is not None}
 
+    @property
+    def _order(self) -> str:
+        """The run's ranking in words."""
+        return "a random order" if self.is_random else f"an order by {self.scorer}"
+
     def why_missing(self, name: str) -> str:
         """Why this run has no artifact ``name``: what a reader sees in place of a number."""
         kind = name.split("-")[0]
-        if kind in ("factors", "proxy", "fidelity") and self.is_random:
-            return "a random order has no proxy to measure"
+        if kind in ("factors", "proxy", "fidelity") and self.scorer != GRADIENT:
+            return f"{self._order} has no proxy to measure"
         if kind in ("factors", "proxy") and self.proxy == "target":
             return "the target scores with its own weights: nothing is factorised"
         if kind in ("factors", "proxy") and self.proxy == "layers":
@@ -155,8 +161,8 @@ class Run:
             return "another model scores: it is not made from the target"
         if kind == "fidelity" and self.is_target:
             return "this run is the reference that proxies are compared with"
-        if kind == "features" and self.is_random:
-            return "a random order needs no scoring"
+        if kind == "features" and self.scorer != GRADIENT:
+            return f"{self._order} needs no scoring by gradients"
         needs = {"features": 1, "ranking": 1, "selection": 2, "finetune": 3, "evaluation": 3}
         if needs.get(kind, 0) > STOPS[self.until]:
             return f"the run goes until {self.until} only"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from iprox.numerics.influence import descending, random_scores
+from iprox.errors import DataError, NumericsError
+from iprox.numerics.influence import descending
+from iprox.scorers import Corpus
 from iprox.stages.feature_store import FeatureStore, open_scored
 from iprox.store.job import Job, Metrics
-from iprox.store.tables import read_arrow, write_groups
+from iprox.store.tables import write_groups
 from iprox.study.schema import InfluenceSection, ScorerSection
+from iprox.study.scorers import GRADIENT
 
 log = logging.getLogger(__name__)
 
@@ -35,45 +38,73 @@ def make(job: Job) -> Metrics:
     """Write ``ranking.parquet``: ``task, rank, example_id, score``, sorted by task and rank.
 
     Rank 1 is the most useful example. Scores are float32 and equal ones are ranked by
-    ``example_id``. An example without supervised tokens or, by cosine, without a gradient has
-    the score -inf and ranks last.
+    ``example_id``. An example that cannot be scored has the score -inf and ranks last: by
+    gradients one without supervised tokens or, by cosine, without a gradient.
 
     Returns:
-        Number of examples and tasks, and of examples that could not be scored.
+        Number of examples and tasks, and of examples that could not be scored; of a scorer of
+        texts also what it counts.
 
     Raises:
         ArtifactError: The features are of other tasks or settings, or incomplete.
+        DataError: A scorer of texts finds no example better than another.
+        NumericsError: It finds a score that is not a number.
     """
     scorer = job.section(ScorerSection, "scorer")
     settings: dict[str, Any] = {"scorer": scorer.kind}
-    if scorer.kind == "random":
-        ids = sorted_ids(job)
-        drawn = random_scores(ids.to_pylist(), scorer.seed).astype(np.float32)
-        scores = dict.fromkeys(job.params["tasks"], drawn)
-        settings |= {"seed": scorer.seed}
+    counted: Metrics = {}
+    if scorer.kind != GRADIENT:
+        ids, scores, counted = score_texts(job, scorer.kind)
+        settings |= {k: v for k, v in job.params["scorer"].items() if k != "kind"}
     else:
         section = job.section(InfluenceSection, "influence")
         ids, scores = score_all(open_scored(job, "features", "query"), section.score)
         settings |= {"influence": section.model_dump()}
         settings |= {"features": job.params["features"]} if "features" in job.params else {}
     counts: Metrics = {
+        **counted,
         "examples": len(ids),
         "tasks": len(scores),
         "unscorable": int(np.isneginf(next(iter(scores.values()))).sum()),
     }
     if counts["unscorable"]:
+        what = "gradient" if scorer.kind == GRADIENT else "score"
         log.warning(
-            "%d of %d examples have no gradient and rank last", counts["unscorable"], len(ids)
+            "%d of %d examples have no %s and rank last", counts["unscorable"], len(ids), what
         )
     write_groups(job.out / "ranking.parquet", SCHEMA, rank(scores, ids), {**settings, **counts})
     return counts
 
 
-def sorted_ids(job: Job) -> pa.Array:
-    """Ids of the pool, ascending."""
-    column = read_arrow(job.parents["pool"] / "pool.parquet", ["example_id"])["example_id"]
-    ids = column.cast(pa.large_string()).combine_chunks()
-    return ids.take(pc.sort_indices(ids))
+def score_texts(job: Job, kind: str) -> tuple[pa.Array, dict[str, np.ndarray], Metrics]:
+    """Ids of the pool, ascending, their scores by a scorer of texts, and what it counted.
+
+    Returns:
+        (examples,), task -> (examples,) float32, and counts.
+
+    Raises:
+        DataError: All examples have the same score for a task.
+        NumericsError: A score is not a number.
+    """
+    corpus = Corpus(job, job.params["tasks"])
+    scores = importlib.import_module(f"iprox.scorers.{kind}").score(job, corpus)
+    by_task = {task: s.astype(np.float32) for task, s in scores.by_task.items()}
+    for task, found in by_task.items():
+        if np.isnan(found).any() or np.isposinf(found).any():
+            raise NumericsError(
+                "a score is not a number",
+                where=f"scorer {kind}, task {task}",
+                value=f"example {corpus.ids[int(np.argmin(np.isfinite(found)))].as_py()}",
+            )
+        if len(found) > 1 and (found == found[0]).all():
+            raise DataError(
+                "a scorer finds no example of the pool better than another",
+                where=f"scorer {kind}, task {task}",
+                value=f"{len(found)} examples with the score {found[0]:g}",
+                fix="look at the queries' texts and at scorer.text: they may share nothing with "
+                "the pool",
+            )
+    return corpus.ids, by_task, scores.metrics
 
 
 def score_all(features: FeatureStore, score: str) -> tuple[pa.Array, dict[str, np.ndarray]]:

@@ -220,7 +220,8 @@ def _pool_rows(path: Path, ids: pd.Series, ranking: Path) -> dict[str, dict[str,
 
 def _basis(metadata: Mapping[str, Any]) -> str:
     """What the ranking is by, in words."""
-    return "at random" if metadata.get("scorer") == "random" else "by influence"
+    scorer = metadata.get("scorer", "gradient")
+    return {"random": "at random", "gradient": "by influence"}.get(scorer, f"by {scorer}")
 
 
 def _write_files(out: Path, table: pd.DataFrame, pool: Mapping[str, Mapping[str, Any]]) -> None:

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from iprox.errors import ConfigError, did_you_mean, shorten
 from iprox.study.presets import PRESETS
 from iprox.study.schema import RunConfig, StudyConfig
+from iprox.study.scorers import GRADIENT
 
 KNOWN_TASKS: dict[str, dict[str, Any]] = {
     "mmlu": {"name": "mmlu", "kind": "mmlu"},
@@ -52,7 +53,7 @@ class Run:
     @property
     def proxy(self) -> str | None:
         """Kind of the model that scores; None when none does."""
-        return self.config.proxy.kind if self.config.scorer.kind == "gradient" else None
+        return self.config.proxy.kind if self.config.scorer.kind == GRADIENT else None
 
     @property
     def sparsity(self) -> float | str | None:

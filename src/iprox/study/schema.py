@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from iprox.study.estimators import ESTIMATORS
+from iprox.study.scorers import SCORERS
 
 if TYPE_CHECKING:
     EstimatorName = str
+    ScorerName = str
 else:
     EstimatorName = Literal[tuple(ESTIMATORS)]
+    ScorerName = Literal[tuple(SCORERS)]
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Size = Annotated[int | float, Field(gt=0)]
@@ -484,8 +487,19 @@ class FeaturesSection(Section):
 class ScorerSection(Section):
     """What ranks the pool."""
 
-    kind: Literal["gradient", "random"] = Field(
-        "gradient", description="Gradient influence through the proxy, or random order."
+    kind: ScorerName = Field(
+        "gradient",
+        description="Gradient influence through the proxy; or random order, length of the "
+        "response, or similarity of words to the queries (TF-IDF, BM25).",
+    )
+    prefer: Literal["high", "low", "middle"] = Field(
+        "high", description="length: which values rank first."
+    )
+    text: Literal["all", "prompt", "response"] = Field(
+        "all", description="tfidf, bm25: part of candidates and queries that is compared."
+    )
+    over_queries: Literal["mean", "max"] = Field(
+        "mean", description="tfidf, bm25: one score from the similarities to a task's queries."
     )
     draws: int = Field(
         1, ge=1, le=1000, description="random: number of independent draws, a run each."

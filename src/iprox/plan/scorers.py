@@ -1,0 +1,43 @@
+"""The ranking of a run that does not score by gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from iprox.plan.nodes import Node
+from iprox.study.scorers import SCORERS
+
+if TYPE_CHECKING:
+    from iprox.plan.runs import RunPlanner
+
+
+def _tasks(planner: RunPlanner) -> dict[str, Node]:
+    """The queries of every task."""
+    return {f"task/{t.name}": planner.plan.shared[f"task-{t.name}"] for t in planner.tasks}
+
+
+PARENTS: dict[str, Callable[[RunPlanner], dict[str, Node]]] = {
+    "tasks": _tasks,
+}
+"""What a scorer may read besides the pool: name -> stages, by the roles a job finds them under."""
+
+
+def scorer_nodes(planner: RunPlanner) -> dict[str, Node]:
+    """The ranking, and the stages above it that a run is known by, by link name."""
+    section = planner.config.scorer
+    scorer = SCORERS[section.kind]
+    settings = {"kind": section.kind, **section.model_dump(include=set(scorer.keys))}
+    label = section.kind
+    if section.kind == "random":
+        settings["seed"] += planner.run.draw
+        label = f"random-{settings['seed']}"
+    parents = {"pool": planner.pool}
+    for name in scorer.reads:
+        parents |= PARENTS[name](planner)
+    params: dict[str, Any] = {
+        "scorer": settings,
+        "tasks": [task.name for task in planner.tasks],
+    }
+    shown = {role: node for role, node in parents.items() if not role.startswith("task/")}
+    return {**shown, "ranking": planner.plan.add("ranking", label, params, parents)}
