@@ -9,6 +9,9 @@ The order of a study, a rule each; every arrow is a file:
     for second-order influence, between query and features: covariance (shards) ─> curvature
       ─> eigenvalues (shards) ─> direction
 
+    for a scorer that learns: query_sketches and features of a slice ─> encoder (from backbone)
+      ─> embeddings (shards), query_embeddings ─> ranking
+
 A proxy of whole blocks is made by extraction alone, in place of probe to proxy; another model has a
 target and a warmup of its own.
 
@@ -31,6 +34,7 @@ include: "workflow/rules/inputs.smk"
 include: "workflow/rules/proxy.smk"
 include: "workflow/rules/curvature.smk"
 include: "workflow/rules/influence.smk"
+include: "workflow/rules/encoder.smk"
 include: "workflow/rules/outcome.smk"
 include: "workflow/rules/papers.smk"
 
@@ -48,6 +52,7 @@ localrules:
     selection,
     fidelity,
     features,
+    embeddings,
     covariance,
     eigenvalues,
 

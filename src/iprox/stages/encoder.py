@@ -197,7 +197,8 @@ def audit(parts: dict[str, Labelled]) -> None:
 
     def queries(part: str, name: str) -> Group:
         texts = parts[part].queries
-        return Group(name, [f"query {i}" for i in texts.ids], texts.hashes)
+        named = zip(parts[part].tasks, texts.ids, strict=True)  # two tasks may use one id
+        return Group(name, [f"query {i} of {task}" for task, i in named], texts.hashes)
 
     train = candidates("train", "labelled candidates")
     refuse_overlap(train, candidates("validation", "validation candidates"))

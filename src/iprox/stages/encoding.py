@@ -19,13 +19,11 @@ from iprox.engine.scoring import batch_tokens
 from iprox.errors import ArtifactError, DataError
 from iprox.models.encoder import Encoder
 from iprox.models.load import weight_files
+from iprox.stages.feature_store import EMBEDDING
 from iprox.store.manifest import digest_file
 from iprox.store.tables import read_arrow
 
 log = logging.getLogger(__name__)
-
-KIND = "embedding"
-"""What shards of embeddings say they are, where sketches of gradients name their map."""
 
 
 @dataclass(frozen=True)
@@ -135,5 +133,5 @@ def check_cut(n_cut: int, n_texts: int, max_cut: float, what: str) -> None:
 def attributes(encoder: Encoder, folder: Path) -> dict[str, Any]:
     """Settings that embeddings must agree in to be compared: root attributes of a shard."""
     weights = [digest_file(path) for path in weight_files(folder)]
-    about = {"kind": KIND, "dim": encoder.dim, "max_length": encoder.max_length}
+    about = {"kind": EMBEDDING, "dim": encoder.dim, "max_length": encoder.max_length}
     return {**about, "weights": weights}

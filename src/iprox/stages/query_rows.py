@@ -16,10 +16,18 @@ from typing import Any
 import numpy as np
 
 from iprox.errors import ArtifactError
-from iprox.stages.feature_store import QuerySketches
+from iprox.stages.feature_store import ROWS, QuerySketches
 from iprox.store.arrays import create_store, open_store, put
 
-STORE = "rows.zarr"
+
+@dataclass(frozen=True)
+class MeanRows(QuerySketches):
+    """Means of rows at unit length: an inner product with one is a mean of cosines."""
+
+    @property
+    def norms(self) -> np.ndarray:
+        """Ones, so that a cosine score divides by the example's norm alone, (columns,)."""
+        return np.ones(len(self.rows))
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ def write_rows(
         subtasks: Their subtasks.
         about: Settings that the pool's rows must agree with.
     """
-    store = create_store(out / STORE, {"about": about})
+    store = create_store(out / ROWS, {"about": about})
     put(store, "sketch", rows.astype(np.float32), ("queries", "dim"))
     put(store, "example_id", np.array(ids, dtype=str), ("queries",))
     put(store, "subtask", np.array(subtasks, dtype=str), ("queries",))
@@ -67,7 +75,7 @@ def read_rows(folder: Path) -> QueryRows:
     Raises:
         ArtifactError: There is no store.
     """
-    store = open_store(folder / STORE)
+    store = open_store(folder / ROWS)
     ids, subtasks = (store[name][:].tolist() for name in ("example_id", "subtask"))
     return QueryRows(
         store["sketch"][:],
@@ -77,7 +85,7 @@ def read_rows(folder: Path) -> QueryRows:
     )
 
 
-def mean_rows(folders: Mapping[str, Path], by_subtask: bool) -> QuerySketches:
+def mean_rows(folders: Mapping[str, Path], by_subtask: bool) -> MeanRows:
     """Means of the rows of all tasks, with which mean scores are inner products.
 
     Args:
@@ -92,10 +100,12 @@ def mean_rows(folders: Mapping[str, Path], by_subtask: bool) -> QuerySketches:
     about = [found.about for found in tasks.values()]
     for task, found in zip(tasks, about, strict=True):
         if found != about[0]:
-            raise ArtifactError("tasks' queries were embedded differently", where=f"task {task}")
+            raise ArtifactError(
+                "the queries of two tasks were made with different settings", where=f"task {task}"
+            )
     for task, found in tasks.items():
         groups = np.array(found.subtasks if by_subtask else [task] * len(found.ids))
         for group in sorted(set(groups.tolist())):
             columns.append(f"{task}/{group}" if by_subtask else task)
             means.append(found.rows[groups == group].mean(0, dtype=np.float64))
-    return QuerySketches(columns, np.stack(means).astype(np.float32), about[0])
+    return MeanRows(columns, np.stack(means).astype(np.float32), about[0])

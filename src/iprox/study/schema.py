@@ -489,8 +489,9 @@ class ScorerSection(Section):
 
     kind: ScorerName = Field(
         "gradient",
-        description="Gradient influence through the proxy; or random order, length of the "
-        "response, or similarity of words to the queries (TF-IDF, BM25).",
+        description="Gradient influence through the proxy; a text encoder that learns it from the "
+        "teach split (influcoder); or random order, length of the response, or similarity of "
+        "words to the queries (TF-IDF, BM25).",
     )
     prefer: Literal["high", "low", "middle"] = Field(
         "high", description="length: which values rank first."

@@ -31,6 +31,8 @@ SCORERS: dict[str, Scorer] = {
     "length": Scorer(keys=("prefer",)),
     "tfidf": Scorer(("tasks",), ("text", "over_queries")),
     "bm25": Scorer(("tasks",), ("text", "over_queries")),
+    "influcoder": Scorer(("features",)),
 }
 """Every scorer but ``gradient``, which is what the other sections of a run describe, is the
-function ``score`` of ``iprox.scorers.<name>``."""
+function ``score`` of ``iprox.scorers.<name>``. Those that read ``features`` are planned by what
+their runs describe, not by this table."""

@@ -181,7 +181,8 @@ def _step(
         )
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss.total), float(loss.pearson), float(loss.kl), float(norm)
+    total, pearson, kl = (part.detach().item() for part in loss)
+    return total, pearson, kl, norm.item()
 
 
 def _optimizer(
