@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: demo test check bench clean
 
 demo: $(READY)  ## Run the demo study to its report. OVERLAY=FILE changes some of its keys.
-	@$(BIN)/snakemake --quiet host rules reason --resources mem_mb=8000 \
+	@$(BIN)/snakemake --quiet host rules reason --resources mem_mb=9000 \
 		--configfile config/config.yaml $(OVERLAY)
 	@cat results/studies/demo/report/summary.txt
 

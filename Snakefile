@@ -8,9 +8,11 @@ The order of a study, a rule each; every arrow is a file:
                                      └> fidelity (proxy against target)
     for second-order influence, between query and features: covariance (shards) ─> curvature
       ─> eigenvalues (shards) ─> direction
-
     for a scorer that learns: query_sketches and features of a slice ─> encoder (from backbone)
       ─> embeddings (shards), query_embeddings ─> ranking
+
+Where influence is summed over checkpoints, checkpoint takes the weights of each earlier epoch out of
+warmup, and what follows it, up to features, is done at each of them.
 
 A proxy of whole blocks is made by extraction alone, in place of probe to proxy; another model has a
 target and a warmup of its own.

@@ -339,6 +339,9 @@ def every_stage(results: Results) -> dict[str, Node]:
         lambda folder: write_model(folder, "log.parquet"),
     )
     warm = {"warmup": nodes["warmup"]}
+    nodes["checkpoint"] = add(
+        "checkpoint", "tiny-epoch-1", {"checkpoint": {"epoch": 1}}, warm, write_model
+    )
     nodes["probe"] = add("probe", "p", {"probe": {"tokens": 5}}, pool | warm, write_probe)
     nodes["decomposition"] = add(
         "decomposition",

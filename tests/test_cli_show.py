@@ -46,6 +46,7 @@ EXPECTED = {
     "target": ("LlamaForCausalLM", "parameters"),
     "split": ("probe", "position"),
     "warmup": ("1.25", "hidden size"),
+    "checkpoint": ("LlamaForCausalLM", "parameters"),
     "probe": ("inputs/s0", "(5, 4)", "tokens, in"),
     "decomposition": (LAYER, "exact/product", "2.5"),
     "factors": ("0.125", "kept dense", LAYER),

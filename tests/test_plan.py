@@ -21,8 +21,9 @@ BASE: dict[str, Any] = {
     "runs": {"a": {}},
 }
 STAGES = (
-    "pool target task split warmup probe decomposition factors extraction proxy query covariance "
-    "curvature eigenvalues direction features ranking fidelity selection finetune evaluation report"
+    "pool target task split warmup checkpoint probe decomposition factors extraction proxy query "
+    "covariance curvature eigenvalues direction features ranking fidelity selection finetune "
+    "evaluation report"
 ).split()
 
 
@@ -159,6 +160,44 @@ def test_a_second_order_study_refits_only_what_a_change_reaches(
     base = {"influence": {"estimator": "ekfac"}}
     new = stages(plan(**merge(base, change))) - stages(plan(**base))
     assert [s for s in STAGES if any(stage == s for stage, _ in new)] == expected
+
+
+def test_influence_over_epochs_is_measured_at_each_with_a_proxy_of_its_own() -> None:
+    base = {"warmup": {"epochs": 3.0}}
+    p = plan(**base, influence={"checkpoints": "epochs"})
+    nodes = p.runs["a"].nodes
+    ranking = nodes["ranking"]
+    assert set(ranking.parents) == {
+        "features",
+        "checkpoint/1/features",
+        "checkpoint/2/features",
+        "warmup",
+    }
+    for epoch in (1, 2):
+        features = ranking.parents[f"checkpoint/{epoch}/features"]
+        assert features is nodes[f"features-epoch-{epoch}"]
+        proxy = features.parents["model"]
+        checkpoint = proxy.parents["warmup"]
+        assert (checkpoint.stage, checkpoint.params["checkpoint"]) == (
+            "checkpoint",
+            {"epoch": epoch},
+        )
+        assert checkpoint.parents["warmup"] is nodes["warmup"]
+        assert proxy.parents["factors"] is not nodes["factors"]
+        assert features.parents["query/mmlu"].parents["model"] is proxy
+    count = {s: sum(stage == s for stage, _ in p.nodes) for s in STAGES}
+    once = {s: sum(stage == s for stage, _ in plan(**base).nodes) for s in STAGES}
+    more = {s: count[s] / once[s] for s in STAGES if count[s] != once[s] and once[s]}
+    proxy = ("probe", "decomposition", "factors", "proxy")
+    assert more == dict.fromkeys(proxy, 3) | {"query": 2, "features": 2}  # the target's are for all
+    assert count["checkpoint"] == 2
+    assert ranking.params["influence"]["checkpoints"] == "epochs"
+
+
+def test_one_epoch_has_no_earlier_checkpoint() -> None:
+    p = plan(influence={"checkpoints": "epochs"})
+    assert not [stage for stage, _ in p.nodes if stage == "checkpoint"]
+    assert "epochs" not in p.runs["a"].nodes["warmup"].params
 
 
 def test_estimators_share_queries_and_a_fit() -> None:

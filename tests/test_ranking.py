@@ -13,7 +13,7 @@ from iprox.errors import ArtifactError, NumericsError
 from iprox.numerics.influence import descending, influence, random_scores
 from iprox.stages import feature_store, ranking
 from iprox.store.arrays import create_store, put
-from iprox.store.tables import read_metadata, read_table
+from iprox.store.tables import read_metadata, read_table, write_table
 
 
 def write_features(folder: Path, dots: np.ndarray, norms: list[float], ids: list[str]) -> Path:
@@ -64,6 +64,41 @@ def test_dot_ranks_by_the_largest_inner_product(tmp_path: Path, features: Path) 
     second = table[table["task"] == "t"]
     assert second["example_id"].tolist() == ["c", "a", "b", "d", "z"]
     assert second["score"].tolist() == [4, 3, 2, 2, 0]
+
+
+def test_checkpoints_are_summed_by_their_weights_before_a_task_takes_its_best(
+    tmp_path: Path, features: Path
+) -> None:
+    ids, norms = ["a", "b", "c", "d", "z"], [2.0, 0.0, 1.0, 1.0, 1.0]
+    dots = np.array([[-4.0, 8, 4], [0, 0, 0], [1, 0, 4], [2, 4, -4], [1, 1, 1]])
+    earlier = write_features(tmp_path / "earlier", dots, norms, ids)
+    write_table(tmp_path / "epochs.parquet", pd.DataFrame({"weight": [0.75, 0.25]}))
+    parents = {"features": features, "checkpoint/1/features": earlier, "warmup": tmp_path}
+    settings = {"influence": {"score": "cosine"}, "scorer": {}, "tasks": ["t", "s"]}
+    ranking.make(job("ranking", tmp_path / "out", parents, **settings))
+    table = read_table(tmp_path / "out" / "ranking.parquet")
+    # columns of t: a: .75 (-2, 2) + .25 (3, -.5) and so on; b and z have no gradient somewhere
+    expected = {
+        "t": {"a": 1.375, "c": 0.875, "d": 2.0, "b": -np.inf, "z": -np.inf},
+        "s": {"a": 0.875, "c": 0.875, "d": -0.5, "b": -np.inf, "z": -np.inf},
+    }
+    for task, scores in expected.items():
+        own = table[table["task"] == task]
+        assert dict(zip(own["example_id"], own["score"], strict=True)) == pytest.approx(scores)
+    assert table[table["task"] == "t"]["example_id"].tolist() == ["d", "a", "c", "b", "z"]
+
+
+def test_checkpoints_of_other_examples_or_without_weight_are_refused(
+    tmp_path: Path, features: Path
+) -> None:
+    dots, norms = np.ones((5, 3)), [1.0] * 5
+    earlier = write_features(tmp_path / "earlier", dots, norms, ["a", "b", "c", "d", "y"])
+    parents = {"features": features, "checkpoint/1/features": earlier, "warmup": tmp_path}
+    settings = {"influence": {}, "scorer": {}, "tasks": ["t", "s"]}
+    for weights, error in (([0.5, 0.5], ArtifactError), ([1.0, 0.0], NumericsError)):
+        write_table(tmp_path / "epochs.parquet", pd.DataFrame({"epoch": [1, 2], "weight": weights}))
+        with pytest.raises(error):
+            ranking.make(job("ranking", tmp_path / error.__name__, parents, **settings))
 
 
 def test_metadata_counts_what_could_not_be_scored(tmp_path: Path, features: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from conftest import tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from iprox.data.chat import IGNORED, Encoded
-from iprox.errors import ArtifactError, ConfigError, DataError, NumericsError
+from iprox.errors import ArtifactError, ConfigError, DataError, ModelError, NumericsError
 from iprox.models.load import load_model, load_tokenizer, load_weights
 from iprox.progress import loops
-from iprox.stages import finetune, warmup
+from iprox.stages import checkpoint, finetune, warmup
 from iprox.store.job import Job
 from iprox.store.tables import read_table, write_table
 from iprox.study.schema import FinetuneSection, WarmupSection
@@ -77,14 +78,19 @@ def token_mean(model: Any, batch: list[Encoded]) -> Tensor:
     return total / count
 
 
-def adamw_by_hand(model: Any, batches: list[list[Encoded]], given: FinetuneSection) -> list[float]:
-    """AdamW with clipping at norm 1, decay on matrices only, and a linear schedule."""
+def adamw_by_hand(
+    model: Any, batches: list[list[Encoded]], given: FinetuneSection, stop: int | None = None
+) -> list[float]:
+    """AdamW with clipping at norm 1, decay on matrices only, and a linear schedule.
+
+    ``stop`` ends it after some steps of the schedule of all batches.
+    """
     model.requires_grad_(True)
     first = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     second = copy.deepcopy(first)
     rising = math.ceil(len(batches) * given.lr_warmup)
     losses = []
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(batches[:stop]):
         rate = step / rising if step < rising else (len(batches) - step) / (len(batches) - rising)
         lr = given.lr * rate
         loss = token_mean(model, batch)
@@ -121,6 +127,33 @@ def test_trainer_takes_the_steps_of_a_hand_written_adamw(
     assert gap(weights(ours), weights(oracle)) < tolerance
     assert result.log["loss"].tolist() == pytest.approx(losses, rel=1e-5)
     assert gap(weights(ours), weights(tiny_model(dtype=dtype))) > 100 * tolerance
+
+
+def test_earlier_epochs_are_seen_as_the_steps_leave_them() -> None:
+    given = settings(batch=2, epochs=2.5)  # 6 examples: epochs end after 3, 6 and 8 steps
+    pool = Recorded(examples(6))
+    pool.order = []
+    ours, seen = tiny_model(), {}
+    result = sft.fine_tune(
+        ours,
+        pool,
+        given,
+        pad_token_id=PAD,
+        micro_batch=2,
+        at_epoch_end=lambda epoch: seen.update({epoch: weights(ours)}),
+    )
+    order = pool.order[:16]
+    batches = [[list.__getitem__(pool, i) for i in order[s : s + 2]] for s in range(0, 16, 2)]
+    assert list(seen) == [1, 2]
+    for epoch, steps in ((1, 3), (2, 6)):
+        oracle = tiny_model()
+        adamw_by_hand(oracle, batches, given, stop=steps)
+        assert gap(seen[epoch], weights(oracle)) < 1e-8
+    table = sft.epoch_weights(result.log)
+    rates = result.log["lr"].tolist()
+    means = [sum(part) / len(part) for part in (rates[:3], rates[3:6], rates[6:])]
+    assert table["steps"].tolist() == [3, 3, 2]
+    assert table["weight"].tolist() == pytest.approx([m / sum(means) for m in means], rel=1e-12)
 
 
 def test_micro_batches_change_only_rounding() -> None:
@@ -278,11 +311,40 @@ def test_the_stages_write_the_same_bytes_again(tmp_path: Path, target_folder: Pa
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         warmup.make(stage_job(tmp_path / name, target_folder, "warmup", {"lr": 1e-3}))
-    first, second = (
-        {p.name: p.read_bytes() for p in (tmp_path / name / "out-warmup").iterdir()}
-        for name in ("a", "b")
-    )
-    assert first == second
+    assert files(tmp_path / "a" / "out-warmup") == files(tmp_path / "b" / "out-warmup")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Contents of all files by their path."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def test_a_checkpoint_is_the_model_of_its_epoch(tmp_path: Path, target_folder: Path) -> None:
+    learning = {"batch": 2, "lr": 1e-3, "epochs": 3.0}
+    for name in ("plain", "kept"):
+        (tmp_path / name).mkdir()
+    plain = stage_job(tmp_path / "plain", target_folder, "warmup", learning)
+    kept = stage_job(tmp_path / "kept", target_folder, "warmup", learning)
+    warmup.make(plain)
+    warmup.make(replace(kept, params={**kept.params, "epochs": {"kept": True}}))
+    assert files(plain.out) == {n: b for n, b in files(kept.out).items() if "epoch" not in n}
+    models = {}
+    for epoch in (1, 2):
+        params = {"checkpoint": {"epoch": epoch}, "compute": {"dtype": "float32"}}
+        out = tmp_path / str(epoch)
+        out.mkdir()
+        job = Job("checkpoint", params, {"warmup": kept.out}, out, strict=True)
+        assert checkpoint.make(job)["epoch"] == epoch
+        load_tokenizer(out)
+        models[epoch] = weights(load_model(out))
+        assert gap(models[epoch], weights(load_model(sft.epoch_folder(kept.out, epoch)))) == 0
+    last = weights(load_model(kept.out))
+    assert gap(models[1], models[2]) > 0
+    assert gap(models[2], last) > 0
+    missing = Job("checkpoint", {"checkpoint": {"epoch": 3}}, {"warmup": kept.out}, out)
+    with pytest.raises(ModelError):
+        checkpoint.make(missing)
 
 
 def test_no_epochs_leave_the_target_as_it_is(tmp_path: Path, target_folder: Path) -> None:

@@ -111,8 +111,8 @@ BROKEN = {
         "probe.tokens: Input should be a valid integer",
         "or 'rank'",
     ),
-    "hostile study name": ({"study": "../x"}, "study", "pattern"),
-    "hostile run name": ({"runs": {"a/../b": {}}}, "runs", "pattern"),
+    "hostile study name": ({"study": "../x"}, "study", "letters"),
+    "hostile run name": ({"runs": {"a/../b": {}}}, "runs", "letters"),
     "equal names": (
         {"runs": {"i": {"proxy": {"sparsity": [0.3]}}, "i-0.3": {}}},
         "same name",

@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
 from conftest import ARCHITECTURES, save_tiny_encoder, tiny_model, tiny_tokenizer
 
+from iprox.stages.feature_store import read_features
 from iprox.store.manifest import check
 
 ROOT = Path(__file__).parents[1]
@@ -278,6 +280,30 @@ def test_a_new_task_ranks_stored_sketches_without_another_pass(tmp_path: Path) -
     assert (link / "query-later" / "query.zarr").is_dir()
     found = pd.read_parquet(link / "fidelity" / "fidelity.parquet").set_index(["task", "metric"])
     assert found.loc[("mean", "spearman"), "value"] > 0
+
+
+def test_influence_is_summed_over_the_epochs_of_the_warm_up(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    runs = {
+        "full": {"proxy": {"kind": "target"}, "until": "ranking"},
+        "svd": {"proxy": {"kind": "svd"}, "align": {"epochs": 0}, "until": "ranking"},
+    }
+    config = study(runs=runs, warmup={"batch": 2, "epochs": 2.0, "lr": 1e-3})
+    done = jobs(snakemake(tmp_path, config | {"influence": {"checkpoints": "epochs"}}))
+    assert (done["warmup"], done["checkpoint"], done["proxy"]) == (1, 1, 2)
+    links = tmp_path / "results" / "studies" / "tiny"
+    weights = pd.read_parquet(links / "full" / "warmup" / "epochs.parquet")["weight"]
+    for run in runs:
+        parts = []
+        for name in ("features-epoch-1", "features"):
+            scores = read_features(links / run / name).scores("cosine")["own"].astype(float)
+            parts.append(scores)
+        total = weights[0] * parts[0] + weights[1] * parts[1]
+        ids = read_features(links / run / "features").example_id.to_pylist()
+        ranking = pd.read_parquet(links / run / "ranking" / "ranking.parquet")
+        found = ranking.set_index("example_id")["score"][ids].to_numpy()
+        assert np.abs(parts[0] - parts[1]).max() > 1e-4
+        np.testing.assert_allclose(found, total, atol=1e-6)
 
 
 def test_second_order_influence_and_a_sweep_over_damping(tmp_path: Path) -> None:

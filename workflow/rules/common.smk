@@ -7,6 +7,7 @@ from iprox.errors import IproxError
 from iprox.plan.code import code_hash
 from iprox.plan.environment import prepare_jobs
 from iprox.plan.plan import plan_study
+from iprox.plan.preflight import check_inputs
 from iprox.store.inputs import raw_input_files
 from iprox.study.load import parse_study
 from iprox.study.scorers import GRADIENT
@@ -19,6 +20,7 @@ FILES = {
     "target": ["config.json"],
     "split": ["split.parquet"],
     "warmup": ["config.json"],
+    "checkpoint": ["config.json"],
     "probe": ["probe.zarr/zarr.json"],
     "decomposition": ["directions.safetensors", "spectra.zarr/zarr.json"],
     "sparsity": ["chosen.json", "tried.parquet"],
@@ -51,8 +53,7 @@ prepare_jobs(Path(workflow.basedir) / "src")
 try:
     PLAN = plan_study(parse_study(config, map(Path, workflow.configfiles)))
     DATA_DIR = Path(config.get("data_dir") or ".")
-    for planned in PLAN.nodes.values():
-        raw_input_files(planned.params, DATA_DIR)
+    check_inputs(PLAN, DATA_DIR)
 except IproxError as error:
     # A user's mistake is a message, not a traceback through the workflow engine.
     print(f"\n{error}\n", file=sys.stderr)

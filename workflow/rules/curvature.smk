@@ -43,8 +43,8 @@ rule covariance:
         "../../envs/iprox.yaml"
     threads: 1
     resources:
-        mem_mb=mem("ranking"),
-        runtime=runtime("ranking"),
+        mem_mb=small_mem,
+        runtime=small_runtime,
     params:
         spec=spec("covariance"),
     script:
@@ -119,8 +119,8 @@ rule eigenvalues:
         "../../envs/iprox.yaml"
     threads: 1
     resources:
-        mem_mb=mem("ranking"),
-        runtime=runtime("ranking"),
+        mem_mb=small_mem,
+        runtime=small_runtime,
     params:
         spec=spec("eigenvalues"),
     script:

@@ -18,8 +18,8 @@ rule synthetic:
         "../../envs/iprox.yaml"
     threads: 1
     resources:
-        mem_mb=mem("synthetic"),
-        runtime=runtime("synthetic"),
+        mem_mb=small_mem,
+        runtime=small_runtime,
     params:
         code=code("synthetic"),
         parents={},

@@ -32,6 +32,33 @@ rule warmup:
         "../scripts/warmup.py"
 
 
+rule checkpoint:
+    # The target at the end of an earlier epoch of its warm-up, where influence is summed over them.
+    input:
+        warmup=parent("checkpoint", "warmup"),
+    output:
+        files("checkpoint"),
+        manifest=manifest("checkpoint"),
+    log:
+        "results/logs/checkpoint/{id}.log",
+    benchmark:
+        "results/benchmarks/checkpoint/{id}.tsv"
+    # On the longest path of a study: what waits for it is most of the work.
+    priority: 10
+    conda:
+        "../../envs/iprox.yaml"
+    threads: 1
+    resources:
+        mem_mb=mem("checkpoint"),
+        runtime=runtime("checkpoint"),
+    params:
+        code=code("checkpoint"),
+        parents=parents("checkpoint"),
+        spec=spec("checkpoint"),
+    script:
+        "../scripts/checkpoint.py"
+
+
 rule probe:
     # Layer inputs and output gradients at chosen tokens.
     input:

@@ -1,73 +1,78 @@
-"""What each rule asks of the machine. A profile may override any of it.
+"""What each rule asks of the machine, by the formula in `iprox.plan.resources`.
 
-Memory and time grow with each attempt, so that a job killed for want of either is retried
-with more (`retries` is in the profiles).
+A profile may override any of it (`set-resources`, `set-threads`). Memory and time grow with each
+attempt, so that a job killed for want of either is retried with more (`retries` is in the
+profiles).
 """
 
-MEM_MB = {
-    "pool": 2000,
-    "task": 1000,
-    "target": 2000,
-    "split": 1000,
-    "warmup": 3000,
-    "probe": 2500,
-    "decomposition": 1500,
-    "sparsity": 3500,
-    "factors": 1300,
-    "extraction": 2500,
-    "proxy": 5500,
-    "covariance": 4500,
-    "curvature": 2500,
-    "eigenvalues": 5500,
-    "query": 2400,
-    "direction": 4500,
-    "features": 2800,
-    "query_sketches": 2800,
-    "backbone": 1500,
-    "encoder": 3500,
-    "embeddings": 2000,
-    "query_embeddings": 2000,
-    "ranking": 1500,
-    "fidelity": 1000,
-    "selection": 1000,
-    "finetune": 3500,
-    "evaluation": 1800,
-    "report": 1000,
-    "synthetic": 1000,
-}
-GPU_MEM_MB = 16000
-RUNTIME_MIN = {
-    "warmup": 120,
-    "proxy": 120,
-    "covariance": 240,
-    "curvature": 120,
-    "eigenvalues": 240,
-    "features": 240,
-    "encoder": 240,
-    "embeddings": 240,
-    "finetune": 240,
-    "evaluation": 240,
-}
+from pathlib import Path
+
+from iprox.plan.resources import Requests
+
+REQUESTS = Requests(DATA_DIR)
+JOB_MB = 300  # on a cluster Snakemake itself runs inside each job, beside the stage
+CLUSTER_THREADS = 4
+
+
+def on_gpu():
+    """Whether jobs with a model run on GPUs: as capped, else on a cluster, else if there is one."""
+    cap = workflow.global_resources.get("gpu")
+    if isinstance(cap, int):
+        return cap > 0
+    return workflow.non_local_exec or Path("/dev/nvidia0").exists()
+
+
+def request(stage, wildcards, attempt):
+    """What one job of a stage asks for at this attempt."""
+    return REQUESTS.of(PLAN.node(stage, wildcards.id), on_gpu()).times(attempt)
 
 
 def mem(stage):
     """Main memory in MB."""
-    return lambda wildcards, attempt: MEM_MB[stage] * attempt
+    return lambda wildcards, attempt: request(stage, wildcards, attempt).mem_mb + (
+        JOB_MB if workflow.non_local_exec else 0
+    )
 
 
 def gpu_mem(stage):
-    """Memory of the GPU in MB."""
-    return lambda wildcards, attempt: GPU_MEM_MB * attempt
+    """Memory of the GPU in MB; for a partition or a GPU type to be chosen by."""
+    return lambda wildcards, attempt: request(stage, wildcards, attempt).gpu_mem_mb
 
 
 def runtime(stage):
     """Minutes until the scheduler gives up."""
-    return lambda wildcards, attempt: RUNTIME_MIN.get(stage, 60) * attempt
+    return lambda wildcards, attempt: request(stage, wildcards, attempt).runtime
+
+
+def small_mem(wildcards, attempt):
+    """Main memory in MB of a job that gathers, or computes on made-up data."""
+    return 1000 * attempt
+
+
+def small_runtime(wildcards, attempt):
+    """Minutes of such a job."""
+    return 60 * attempt
+
+
+def passes_model(wildcards):
+    """Whether a ranking passes texts through a model."""
+    return "warmup" in PLAN.node("ranking", wildcards.id).parents
+
+
+def of_ranking(amount):
+    """What a ranking asks for: as much as gradients if it passes texts through a model."""
+    return lambda wildcards, attempt: amount(
+        "features" if passes_model(wildcards) else "ranking"
+    )(wildcards, attempt)
 
 
 def model_threads():
-    """Threads of a job that runs a model: two such jobs share the cores given to the workflow.
+    """Threads of a job that runs a model.
 
-    On a CPU two jobs with half the threads each finish sooner than one after the other.
+    On one machine two such jobs share the cores given to the workflow: on a CPU two jobs with
+    half the threads each finish sooner than one after the other. A cluster's job has its own.
     """
-    return max(1, (workflow.cores or 2) // 2)
+    cores = workflow.resource_settings.cores  # None on a cluster, where nothing says how many
+    if workflow.remote_exec:
+        return cores or 1
+    return max(1, cores // 2) if cores else CLUSTER_THREADS

@@ -32,6 +32,7 @@ STAGES = {
     "sparsity": "The smallest proxy that is faithful enough, and the ones that were tried.",
     "factors": "The low-rank factors of every replaced layer at one sparsity.",
     "proxy": "The small model made from the target that scores in its place, aligned to it.",
+    "checkpoint": "The target at the end of an earlier epoch of its warm-up.",
     "extraction": "The blocks of the warmed-up target that matter most, as a model.",
     "covariance": "Sums of the second moments of layer inputs and output gradients, in shards.",
     "curvature": "Eigenbases and eigenvalues of the scoring model's curvature, by layer.",

@@ -90,7 +90,7 @@ def forecast(question: Question, root: Path = Path()) -> Forecast:
         ConfigError: The study breaks the schema, or the size of its pool is not known.
         ModelError: The sizes of its target, or of another model it scores with, are not known.
     """
-    plan = load_plan(question.configs, question.data_dir)
+    plan = load_plan(question.configs, question.data_dir, weights=False)
     folder = Path(plan.study.config.data_dir or ".")
     target, pool = plan.shared["target"], plan.shared["pool"]
     arch, arch_source = find_architecture(target, folder, root, question.model_config)

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 import iprox
 from iprox.cli.cost import cost
 from iprox.cli.diff import diff
+from iprox.cli.gc import gc
 from iprox.cli.plan import plan
 from iprox.cli.runs import runs
 from iprox.cli.schema import schema
@@ -34,7 +35,8 @@ class Commands(TyperGroup):
 
 app = typer.Typer(
     cls=Commands,
-    help="Look at what the workflow made. `snakemake` makes things; this command makes nothing.",
+    help="Look at what the workflow made. `snakemake` makes things; this command makes nothing, "
+    "and removes nothing but what `gc --delete` lists.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,6 +49,7 @@ app.command()(plan)
 app.command()(cost)
 app.command()(diff)
 app.command()(runs)
+app.command()(gc)
 app.command()(schema)
 
 

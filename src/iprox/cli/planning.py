@@ -10,7 +10,7 @@ from pathlib import Path
 
 from iprox.plan.nodes import Node, Plan
 from iprox.plan.plan import plan_study
-from iprox.store.inputs import raw_input_files
+from iprox.plan.preflight import check_inputs
 from iprox.study.load import load_study
 
 
@@ -23,17 +23,21 @@ class Line:
     runs: tuple[str, ...]
 
 
-def load_plan(configs: list[Path], data_dir: str | None = None) -> Plan:
+def load_plan(configs: list[Path], data_dir: str | None = None, weights: bool = True) -> Plan:
     """Plan of a study file and its overlays, with every named file checked.
+
+    Args:
+        configs: The files, later ones winning.
+        data_dir: Folder that wins over the study's own.
+        weights: Whether model folders must have their weights.
 
     Raises:
         ConfigError: The study breaks the schema.
-        DataError: A file that the study names is not there.
+        DataError: A file that the study names is not there, or cannot be what it is named for.
+        ModelError: A model folder lacks its config or its weights.
     """
     plan = plan_study(load_study(configs, {} if data_dir is None else {"data_dir": data_dir}))
-    folder = Path(plan.study.config.data_dir or ".")
-    for node in plan.nodes.values():
-        raw_input_files(node.params, folder)
+    check_inputs(plan, Path(plan.study.config.data_dir or "."), weights)
     return plan
 
 

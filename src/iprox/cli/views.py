@@ -654,6 +654,7 @@ STAGE_VIEWS: dict[str, tuple[tuple[str, View], ...]] = {
     "target": ((".", model),),
     "split": (("split.parquet", split),),
     "warmup": ((".", model), ("log.parquet", training_log)),
+    "checkpoint": ((".", model),),
     "probe": (("probe.zarr", store),),
     "decomposition": (("spectra.zarr", spectra), ("directions.safetensors", decomposed)),
     "sparsity": (("chosen.json", json_file), ("tried.parquet", whole_table)),

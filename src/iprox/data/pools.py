@@ -41,6 +41,9 @@ SHAREGPT_ROLES = {
 }
 ID_FIELDS = ("id", "example_id")
 
+MAX_LINE_BYTES = 64 * 2**20
+"""Longest line of a JSONL file that is read: a file without line breaks is not held whole."""
+
 MESSAGES_TYPE = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 POOL_SCHEMA = pa.schema(
     [
@@ -134,7 +137,12 @@ def build_pool(source: Source, section: PoolSection) -> Pool:
         "n_examples": len(kept),
     }
     if not kept:
-        raise DataError("no example of the pool is left", where=source.origin, value=counts)
+        raise DataError(
+            "no example of the pool is left",
+            where=source.origin,
+            value=counts,
+            fix="see what left them out: empty responses, pool.max_chars or pool.on_duplicate",
+        )
     left_out = {k.removeprefix("n_").replace("_", " "): v for k, v in list(counts.items())[1:-1]}
     log.info(
         "%d examples of %d records in the shape %s; left out: %s",
@@ -231,7 +239,12 @@ def read_rows(path: Path, name: str | None = None) -> list[Row]:
     try:
         rows = list(reader(path, name))
     except (OSError, pa.ArrowException) as error:
-        raise DataError("a data file cannot be read", where=name, value=str(error)) from None
+        raise DataError(
+            "a data file cannot be read",
+            where=name,
+            value=str(error),
+            fix="write or download the file again",
+        ) from None
     if not rows:
         raise DataError("a data file has no records", where=name, fix="remove it, or fill it")
     return rows
@@ -250,8 +263,17 @@ def _source_rows(source: Source) -> Iterator[Row]:
 
 def _jsonl_rows(path: Path, name: str) -> Iterator[Row]:
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+        lines = iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
+        for number, raw in enumerate(lines, start=1):
             where = f"{name}:{number}"
+            if len(raw) > MAX_LINE_BYTES:
+                raise DataError(
+                    "a line is too long to be one example",
+                    where=where,
+                    value=f"more than {MAX_LINE_BYTES:,} bytes",
+                    allowed="one JSON object a line",
+                    fix="put a line break after each record",
+                )
             line = _decode(raw, name, first_line=number).strip()
             if line:
                 yield Row(_object(_parse_json(line, name, number), where), name, where)
@@ -280,7 +302,12 @@ def _csv_rows(path: Path, name: str) -> Iterator[Row]:
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
-            raise DataError("a CSV file repeats a column", where=f"{name}:1", value=header)
+            raise DataError(
+                "a CSV file repeats a column",
+                where=f"{name}:1",
+                value=header,
+                fix="give each column a name of its own",
+            )
         start = reader.line_num + 1
         for values in reader:
             where, start = f"{name}:{start}", reader.line_num + 1
@@ -297,7 +324,10 @@ def _csv_rows(path: Path, name: str) -> Iterator[Row]:
             yield Row(dict(zip(header, values, strict=True)), name, where)
     except csv.Error as error:
         raise DataError(
-            "invalid CSV", where=f"{name}:{reader.line_num}", value=str(error)
+            "invalid CSV",
+            where=f"{name}:{reader.line_num}",
+            value=str(error),
+            fix="close every quote, and double quotes inside quoted fields",
         ) from None
 
 
@@ -336,10 +366,14 @@ def _parse_json(text: str, name: str, first_line: int) -> Any:
             "invalid JSON",
             where=f"{name}:{first_line + error.lineno - 1}",
             value=f"{error.msg}: {error.doc[error.pos : error.pos + 40]}",
-            fix="a file of one record a line is named .jsonl" if many else None,
+            fix="a file of one record a line is named .jsonl" if many else "correct this line",
         ) from None
     except RecursionError:
-        raise DataError("JSON is nested too deeply", where=f"{name}:{first_line}") from None
+        raise DataError(
+            "JSON is nested too deeply",
+            where=f"{name}:{first_line}",
+            allowed="records whose fields are texts or lists of turns",
+        ) from None
 
 
 def _object(record: Any, where: str) -> dict[str, Any]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import tempfile
+import time
+from pathlib import Path
 
 import torch
 
@@ -18,6 +22,36 @@ def pick_device() -> torch.device:
     ``CUDA_VISIBLE_DEVICES`` decides which: a scheduler sets it, and an empty value means CPU.
     """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def claim_gpu(count: int, folder: Path | None = None) -> int | None:
+    """Take a GPU that no other job of this machine has, and make it the only visible one.
+
+    Snakemake counts GPUs and hands out none. Each is a lock file, held until this process ends
+    however it ends; when all are taken, this waits for one. Nothing happens where a scheduler has
+    chosen already, or where there is no choice.
+
+    Args:
+        count: GPUs of the machine.
+        folder: Where the lock files are; that for temporary files if absent.
+
+    Returns:
+        The number of the GPU, or None when nothing had to be claimed.
+    """
+    if count < 2 or "CUDA_VISIBLE_DEVICES" in os.environ:
+        return None
+    locks = [(folder or Path(tempfile.gettempdir())) / f"iprox-gpu-{i}.lock" for i in range(count)]
+    while True:
+        for number, path in enumerate(locks):
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                continue
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
+            return number
+        time.sleep(1.0)
 
 
 def set_threads(threads: int) -> None:

@@ -17,6 +17,11 @@ COPIES = 5
 """Tensors of the weights' size in training: gradients, both Adam moments, the best epoch's."""
 
 
+ACTIVATIONS = 7
+"""Bytes of activations of a token in training, in units of the products per unit of width: about 20
+numbers of four bytes per unit of width and block, which has 12 products per unit squared."""
+
+
 class EncoderSizes(NamedTuple):
     """Sizes of an encoder."""
 
@@ -52,7 +57,7 @@ def encoder_need(estimator: Estimator, node: Node) -> Need:
         tokens = _taught_tokens(estimator, node)
         return Need(
             flops=6 * sizes.products * tokens,
-            memory=memory + COPIES * 4 * sizes.parameters,
+            memory=memory + COPIES * 4 * sizes.parameters + _activations(sizes, node),
             disk=4 * sizes.parameters,
             tokens=tokens,
         )
@@ -65,6 +70,13 @@ def encoder_need(estimator: Estimator, node: Node) -> Need:
     tokens = n * min(STEP_TOKENS, node.params["encoder"]["max_length"])
     flops = 2 * sizes.products * tokens
     return Need(flops=flops, memory=memory, disk=n * row_bytes, tokens=tokens)
+
+
+def _activations(sizes: EncoderSizes, node: Node) -> float:
+    """Bytes that one training block keeps for its backward pass."""
+    section = node.params["encoder"]
+    tokens = (section["queries"] + section["candidates"]) * section["max_length"]
+    return ACTIVATIONS * sizes.products / sizes.dim * tokens
 
 
 def _taught_tokens(estimator: Estimator, node: Node) -> float:

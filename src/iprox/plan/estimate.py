@@ -109,6 +109,7 @@ class Estimator:
         by_stage: Mapping[str, Callable[[Node], Need]] = {
             "target": self._target,
             "warmup": self._warmup,
+            "checkpoint": self._checkpoint,
             "probe": self._probe,
             "decomposition": self._decomposition,
             "factors": self._factors,
@@ -236,7 +237,15 @@ class Estimator:
 
     def _warmup(self, node: Node) -> Need:
         section = node.params["warmup"]
-        return self._training(node, self.split_texts(node), section)
+        need = self._training(node, self.split_texts(node), section)
+        if "epochs" not in node.params:
+            return need
+        kept = 4 * self.parameters * (math.ceil(section["epochs"]) - 1)
+        return replace(need, disk=need.disk + kept)
+
+    def _checkpoint(self, node: Node) -> Need:
+        weights = self.parameters * BYTES[node.params["compute"]["dtype"]]
+        return Need(memory=PROCESS + 4 * self.parameters + weights, disk=weights)
 
     def _finetune(self, node: Node) -> Need:
         pool = node.parents["selection"].parents["pool"]
@@ -255,10 +264,8 @@ class Estimator:
         load = _load(texts).times(section["epochs"])
         frozen = section["freeze_embed_head"]
         trained = self.parameters - (model_size(self.arch).embeddings if frozen else 0)
-        micro = min(
-            MICRO_BATCH_TOKENS[self.device],
-            LONGEST * texts.tokens * min(texts.n, section["batch"]),
-        )
+        batch = texts._replace(n=min(texts.n, section["batch"]))
+        micro = self._batch(MICRO_BATCH_TOKENS, batch)
         element = BYTES[node.params["compute"]["dtype"]]
         state = 4 * (self.parameters + 3 * trained)
         return Need(
@@ -536,7 +543,18 @@ class Estimator:
 
     def _ranking(self, node: Node) -> Need:
         pool = next(n for n in _ancestors(node) if n.stage == "pool")
-        return Need(disk=24 * len(node.params["tasks"]) * self.volumes.pool(pool))
+        need = Need(disk=24 * len(node.params["tasks"]) * self.volumes.pool(pool))
+        if "warmup" not in node.parents:
+            return need
+        kind, element = node.params["scorer"]["kind"], BYTES[node.params["compute"]["dtype"]]
+        net, texts = self.network(node.parents["warmup"]), self.volumes.examples(node, pool)
+        load = _load(texts).times(2 if kind == "ifd" else 1)  # with the prompt and without
+        return replace(
+            need,
+            flops=flops.forward(net, load, logits=0 if kind == "repsim" else None),
+            memory=self._pass_memory(net, texts, element),
+            tokens=load.tokens,
+        )
 
     def _evaluation(self, node: Node) -> Need:
         net = Network.plan(self.arch)
@@ -581,6 +599,8 @@ def needs_model(node: Node) -> bool:
     """Whether a stage passes texts through a model."""
     if node.stage == "direction":
         return "model" in node.parents
+    if node.stage == "ranking":
+        return "warmup" in node.parents
     return node.stage in {
         "warmup",
         "probe",

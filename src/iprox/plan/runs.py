@@ -5,6 +5,7 @@ Each method adds a stage, or some, and says which parameters it depends on: thos
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from iprox.errors import ConfigError
@@ -46,11 +47,22 @@ CUT = {*RANK_RULE, "rank_allocation", "gauge"}
 """Keys of the section ``proxy`` that the factors depend on, besides the decomposition."""
 
 
-class RunPlanner:
-    """Adds the stages of one run to a plan, from the pool to the evaluations."""
+SAME_AT_EVERY_EPOCH = {"pool", "target", "model", "proxy-target"}
+"""Links of a scoring model that are shown once, however many checkpoints it is made at."""
 
-    def __init__(self, plan: Plan, run: Run) -> None:
-        self.plan, self.run, self.config = plan, run, run.config
+
+class RunPlanner:
+    """Adds the stages of one run to a plan, from the pool to the evaluations.
+
+    Args:
+        plan: What stages are added to.
+        run: The run.
+        epoch: Of the warm-up, from 1: what is done at its end is done at the end of this epoch
+            instead. The last when absent.
+    """
+
+    def __init__(self, plan: Plan, run: Run, epoch: int | None = None) -> None:
+        self.plan, self.run, self.config, self.epoch = plan, run, run.config, epoch
         self.tasks = plan.study.config.tasks
         self.pool, self.target = plan.shared["pool"], plan.shared["target"]
         target = plan.study.config.target
@@ -94,7 +106,7 @@ class RunPlanner:
         return self.plan.add("split", name, {"split": params}, {"pool": self.pool})
 
     def warmup(self, model: Node | None = None) -> Node:
-        """The warmed-up target, or another model warmed up as the target is."""
+        """The warmed-up target, or another model warmed up as the target is, at the epoch."""
         target = model or self.target
         split = self.split("warmup")
         params = {
@@ -102,8 +114,24 @@ class RunPlanner:
             "compute": self.compute,
             "warmup": self.config.warmup.model_dump(),
         }
+        if self._earlier_epochs():
+            params["epochs"] = {"kept": True}
         parents = {"pool": self.pool, "split": split, "target": target}
-        return self.plan.add("warmup", target.params["target"]["model"], params, parents)
+        label = target.params["target"]["model"]
+        warmup = self.plan.add("warmup", label, params, parents)
+        if self.epoch is None:
+            return warmup
+        return self.plan.add(
+            "checkpoint",
+            f"{label}-epoch-{self.epoch}",
+            {"checkpoint": {"epoch": self.epoch}, "compute": self.compute},
+            {"warmup": warmup},
+        )
+
+    def _earlier_epochs(self) -> range:
+        """Epochs of the warm-up before its last whose checkpoints influence is summed over."""
+        influence, epochs = self.config.influence, self.config.warmup.epochs
+        return range(1, math.ceil(epochs) if influence.checkpoints == "epochs" else 1)
 
     def scoring_model(self) -> dict[str, Node]:
         """The model that scores, as ``model``, and what it is made of."""
@@ -425,19 +453,37 @@ class RunPlanner:
 
     def _gradient_ranking(self, nodes: dict[str, Node]) -> dict[str, Node]:
         """Features of the pool, and the ranking, which sketches the queries if it needs to."""
-        features = self.features(nodes["model"], "all")
-        curvature = self.curvature(self.asked(nodes["model"]))
+        nodes = nodes | self._scored(nodes["model"])
         params: dict[str, Any] = {
             "influence": self.config.influence.model_dump(),
             "scorer": {"kind": "gradient"},
             "tasks": [task.name for task in self.tasks],
         }
-        parents = {"features": features}
+        parents = self._ranked(nodes)
         if self.sketch():
             params["features"] = self.sketch()
-            parents |= self.queries(nodes["model"])
-        ranking = self.plan.add("ranking", features.label, params, parents)
-        return {**curvature, "features": features, "ranking": ranking}
+        for epoch in self._earlier_epochs():
+            then = RunPlanner(self.plan, self.run, epoch)
+            made = then.scoring_model()
+            made |= then._scored(made["model"])
+            at = then._ranked(made).items()
+            parents |= {f"checkpoint/{epoch}/{role}": node for role, node in at}
+            shown = {key: node for key, node in made.items() if key not in SAME_AT_EVERY_EPOCH}
+            nodes |= {f"{key}-epoch-{epoch}": node for key, node in shown.items()}
+        if self._earlier_epochs():
+            parents["warmup"] = nodes["warmup"]
+        label = nodes["features"].label
+        label = f"{label}-epochs" if self._earlier_epochs() else label
+        return nodes | {"ranking": self.plan.add("ranking", label, params, parents)}
+
+    def _scored(self, model: Node) -> dict[str, Node]:
+        """The scoring pass over the pool, and the curvature that its queries were changed by."""
+        return {**self.curvature(self.asked(model)), "features": self.features(model, "all")}
+
+    def _ranked(self, nodes: dict[str, Node]) -> dict[str, Node]:
+        """What a ranking reads of one checkpoint: features, and queries if they are sketches."""
+        queries = self.queries(nodes["model"]) if self.sketch() else {}
+        return {"features": nodes["features"], **queries}
 
     def _outcome(self, selection: Node, per_task: bool) -> dict[str, Node]:
         """Fine-tuning on the selection of each task, and the evaluation of what comes out.

@@ -7,7 +7,7 @@ what is computed here is differences, shares, overlaps and rank correlations.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -186,9 +186,22 @@ def fidelity_value(run: Run, task: str, metric: str) -> dict[str, float] | None:
 
 
 def scoring_seconds(run: Run) -> float | None:
-    """Wall-clock seconds of the scoring pass, over the pool or, until fidelity, over its slice."""
-    features = run.artifacts.get("features")
-    return features.seconds if features else None
+    """Wall-clock seconds of the scoring pass, over the pool or, until fidelity, over its slice.
+
+    A run that sums over checkpoints has a pass for each.
+    """
+    return _seconds(at_every_epoch(run, "features"))
+
+
+def at_every_epoch(run: Run, name: str) -> list[Artifact]:
+    """A step's artifacts at every checkpoint that a run sums over; often one, or none."""
+    return [a for key, a in run.artifacts.items() if key.split("-epoch-")[0] == name]
+
+
+def _seconds(steps: Sequence[Artifact]) -> float | None:
+    """Seconds of some steps together; None when there are none, or one's are not known."""
+    seconds = [step.seconds for step in steps]
+    return sum(s for s in seconds if s is not None) if seconds and None not in seconds else None
 
 
 def scored_examples(study: Study, run: Run) -> float | None:
@@ -227,8 +240,7 @@ MAKING = ("probe", "decomposition", "sparsity", "factors", "proxy", "extraction"
 
 def making_seconds(run: Run) -> float | None:
     """Seconds to make the run's proxy, None for a run without one or with a time missing."""
-    steps = [run.artifacts[name].seconds for name in MAKING if name in run.artifacts]
-    return sum(s for s in steps if s is not None) if steps and None not in steps else None
+    return _seconds([step for name in MAKING for step in at_every_epoch(run, name)])
 
 
 def _losses(study: Study, run: Run) -> dict[str, float]:

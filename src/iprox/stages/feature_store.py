@@ -74,8 +74,30 @@ class Features:
         Returns:
             Task -> (examples,) float32; -inf for examples that cannot be scored.
         """
+        return self.best(self.column_scores(score))
+
+    def column_scores(self, score: str) -> np.ndarray:
+        """Score of every example against every query gradient.
+
+        Args:
+            score: ``cosine`` or ``dot``.
+
+        Returns:
+            (examples, columns) float64; -inf for examples that cannot be scored.
+        """
         matrix = influence(self.dots, self.norms, self.query_norms, score)
         matrix[np.isnan(self.loss)] = UNSCORABLE
+        return matrix
+
+    def best(self, matrix: np.ndarray) -> dict[str, np.ndarray]:
+        """Scores by task from those by query gradient: the maximum over a task's columns.
+
+        Args:
+            matrix: Scores by query gradient, (examples, columns).
+
+        Returns:
+            Task -> (examples,) float32.
+        """
         owners = np.array([column.split("/")[0] for column in self.columns])
         return {t: matrix[:, owners == t].max(axis=1).astype(np.float32) for t in self.tasks}
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from iprox.errors import DataError, NumericsError
+from iprox.errors import ArtifactError, DataError, NumericsError
 from iprox.numerics.influence import descending
 from iprox.scorers import Corpus
 from iprox.stages.feature_store import FeatureStore, open_scored
 from iprox.store.job import Job, Metrics
-from iprox.store.tables import write_groups
+from iprox.store.tables import read_table, write_groups
 from iprox.study.schema import InfluenceSection, ScorerSection
 from iprox.study.scorers import GRADIENT
 
@@ -58,7 +58,7 @@ def make(job: Job) -> Metrics:
         settings |= {k: v for k, v in job.params["scorer"].items() if k != "kind"}
     else:
         section = job.section(InfluenceSection, "influence")
-        ids, scores = score_all(open_scored(job, "features", "query"), section.score)
+        ids, scores = score_all(open_checkpoints(job), section.score)
         settings |= {"influence": section.model_dump()}
         settings |= {"features": job.params["features"]} if "features" in job.params else {}
     counts: Metrics = {
@@ -107,21 +107,60 @@ def score_texts(job: Job, kind: str) -> tuple[pa.Array, dict[str, np.ndarray], M
     return corpus.ids, by_task, scores.metrics
 
 
-def score_all(features: FeatureStore, score: str) -> tuple[pa.Array, dict[str, np.ndarray]]:
+def open_checkpoints(job: Job) -> list[tuple[float, FeatureStore]]:
+    """Weight and features of every checkpoint that scores are summed over; often of one alone.
+
+    Raises:
+        ArtifactError: The features are of other settings than the job's.
+        NumericsError: The warm-up learnt nothing in an epoch: its weight is zero.
+    """
+    last = open_scored(job, "features", "query")
+    earlier = sorted({role.split("/")[0] for role in job.roles("checkpoint")}, key=int)
+    if not earlier:
+        return [(1.0, last)]
+    at = {n: f"checkpoint/{n}" for n in earlier}
+    stores = [open_scored(job, f"{at[n]}/features", f"{at[n]}/query") for n in earlier] + [last]
+    epochs = read_table(job.parents["warmup"] / "epochs.parquet")
+    weights = epochs["weight"].tolist()
+    if not all(weight > 0 for weight in weights):
+        raise NumericsError(
+            "an epoch of the warm-up has no learning rate, so its checkpoint has no weight",
+            where=f"epoch {1 + int(epochs['weight'].argmin())}",
+            value=weights,
+            fix="train longer, or set influence.checkpoints to last",
+        )
+    return list(zip(weights, stores, strict=True))
+
+
+def score_all(
+    checkpoints: Sequence[tuple[float, FeatureStore]], score: str
+) -> tuple[pa.Array, dict[str, np.ndarray]]:
     """Ids of all examples, ascending, and their scores by task; read block by block.
 
+    Scores against each query gradient are summed over checkpoints (TracIn, arXiv:2002.08484,
+    section 3; the weights of LESS, arXiv:2402.04333) before a task takes its maximum.
+
     Args:
-        features: Open features.
+        checkpoints: Weight and open features of each.
         score: ``cosine`` or ``dot``.
 
     Returns:
         (examples,), and task -> (examples,) float32.
+
+    Raises:
+        ArtifactError: The checkpoints scored different examples or tasks.
     """
     ids: list[pa.Array] = []
     parts: dict[str, list[np.ndarray]] = {}
-    for block in features.blocks():
-        ids.append(block.example_id)
-        for task, scores in block.scores(score).items():
+    for blocks in zip(*(store.blocks() for _, store in checkpoints), strict=True):
+        first = blocks[0]
+        total = np.zeros((len(first.example_id), len(first.columns)))
+        for (weight, _), block in zip(checkpoints, blocks, strict=True):
+            if block.columns != first.columns or not block.example_id.equals(first.example_id):
+                raise ArtifactError("checkpoints scored different examples or tasks")
+            total += weight * block.column_scores(score)
+        ids.append(first.example_id)
+        for task, scores in first.best(total).items():
             parts.setdefault(task, []).append(scores)
     return pa.concat_arrays(ids), {task: np.concatenate(p) for task, p in parts.items()}
 

@@ -182,7 +182,7 @@ def _load_pretrained(name: str, section: TargetSection, revision: str | None) ->
             **shared,
         )
         tokenizer = AutoTokenizer.from_pretrained(name, **shared)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _not_loaded(section.model, error) from None
     missing = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
     if missing:

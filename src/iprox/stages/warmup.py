@@ -14,6 +14,9 @@ SPLIT = "warmup"
 def make(job: Job) -> Metrics:
     """Write the warmed-up target as a Hugging Face folder, and ``log.parquet``.
 
+    When the job has a section ``epochs``, the weights at the end of earlier epochs are written
+    too, for the stage ``checkpoint``, with the weight of each epoch as ``epochs.parquet``.
+
     It learns from the examples of the ``warmup`` split (LESS, arXiv:2402.04333).
 
     Returns:
@@ -37,5 +40,6 @@ def make(job: Job) -> Metrics:
         dtype=job.params["compute"]["dtype"],
         attention=job.params["compute"]["attention"],
         label="warm-up",
+        keep_epochs="epochs" in job.params,
     )
     return {**metrics, **usage(encoded, examples)}

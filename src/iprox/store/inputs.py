@@ -12,6 +12,9 @@ from typing import Any
 from iprox.errors import DataError
 from iprox.store.manifest import digest_file
 
+MAX_PART = 255
+"""Bytes of a file's name that common file systems take."""
+
 PATH_KEYS = {
     "pool": ("path",),
     "task": ("path", "prompts", "test"),
@@ -33,12 +36,38 @@ def raw_paths(params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 yield f"{section}.{key}", value
 
 
+def check_path(path: str, key: str = "") -> None:
+    """Refuse a path that the file system or the workflow engine cannot take as it is.
+
+    Raises:
+        DataError: It has characters that are not printed, or that Snakemake reads as its own, or
+            a part that is too long.
+    """
+    odd = sorted({c for c in path if c in "<>{}" or not c.isprintable()})
+    if odd:
+        raise DataError(
+            "a path has characters that the workflow cannot handle",
+            where=key or None,
+            value=path,
+            allowed="printable characters except < > { }",
+            fix=f"rename the file or folder without {', '.join(map(repr, odd))}",
+        )
+    if any(len(part.encode()) > MAX_PART for part in Path(path).parts):
+        raise DataError(
+            "a path has a part that is too long",
+            where=key or None,
+            value=path,
+            allowed=f"parts of at most {MAX_PART} bytes",
+        )
+
+
 def locate(path: str, data_dir: Path, key: str = "") -> Path:
     """The file or folder that a study's path means.
 
     Raises:
         DataError: The path is absolute or leaves the data folder, or nothing is there.
     """
+    check_path(path, key)
     root = data_dir.resolve()
     found = (root / path).resolve()
     if Path(path).is_absolute() or ".." in Path(path).parts or not found.is_relative_to(root):
@@ -64,10 +93,13 @@ def raw_input_files(params: Mapping[str, Any], data_dir: Path) -> list[Path]:
     """Existing local files that a stage's parameters name, folders expanded; for the scheduler."""
     files: list[Path] = []
     for key, path in raw_paths(params):
+        check_path(path, key)
         if key in MODEL_KEYS and not (data_dir / path).is_dir():
             continue  # a registered or hub name, resolved by the stage that loads it
         found = locate(path, data_dir, key)
         files += sorted(p for p in found.rglob("*") if p.is_file()) if found.is_dir() else [found]
+    for file in files:
+        check_path(str(file))
     return files
 
 

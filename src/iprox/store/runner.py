@@ -90,16 +90,20 @@ def run_rule(rule: Any, make: Make) -> None:
     Args:
         rule: The object that the workflow injects into its scripts: ``input`` (parents'
             manifests by role), ``output.manifest``, ``params`` (``spec``, ``code``, ``parents``,
-            ``shards``), ``config``, ``log``, ``threads``, ``wildcards``.
+            ``shards``), ``config``, ``log``, ``resources``, ``threads``, ``wildcards``.
         make: The stage function.
     """
     spec = rule.params.spec
     label = f"{spec['stage']} {spec['id'].rsplit('-', 1)[0]}"
     with log_to(rule.log[0], label):
         if "torch" in sys.modules:  # a stage that does not use torch does not wait for it
-            from iprox.models.device import set_threads
+            import torch
+
+            from iprox.models.device import claim_gpu, set_threads
 
             set_threads(rule.threads)
+            if getattr(rule.resources, "gpu", 0):
+                claim_gpu(torch.cuda.device_count())
         folder = Path(rule.output.manifest).parent
         shard = getattr(rule.wildcards, "shard", None)
         run_stage(

@@ -7,6 +7,7 @@ file, the run's preset, the run's own keys.
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 import typing
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from iprox.errors import ConfigError, did_you_mean, shorten
 from iprox.study.presets import PRESETS
-from iprox.study.schema import RunConfig, StudyConfig
+from iprox.study.schema import NAME, RunConfig, StudyConfig
 from iprox.study.scorers import GRADIENT
 
 KNOWN_TASKS: dict[str, dict[str, Any]] = {
@@ -28,6 +29,9 @@ KNOWN_TASKS: dict[str, dict[str, Any]] = {
     "bbh": {"name": "bbh", "kind": "bbh"},
 }
 """Tasks that may be given by name alone: their development examples come with lm-eval."""
+
+MAX_READABLE = 32
+"""Characters of a grid value that a run's name shows."""
 
 RUN_KEYS = tuple(RunConfig.model_fields)
 
@@ -138,9 +142,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing, is not UTF-8 YAML, or is not a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _StudyLoader)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("a study file cannot be read", where=path, value=str(error)) from None
+        raise ConfigError(
+            "a study file cannot be read",
+            where=path,
+            value=str(error),
+            fix="give the path of a YAML file in UTF-8",
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else path
@@ -148,13 +157,61 @@ def read_yaml(path: Path) -> dict[str, Any]:
             "a study file is not valid YAML",
             where=where,
             value=getattr(error, "problem", str(error)),
-            fix="check indentation, quotes and brackets on this line",
+            fix="check indentation, quotes, brackets and repeated keys on this line",
         ) from None
     if not isinstance(content, dict):
         raise ConfigError(
-            "a study file is not a mapping", where=path, value=content, allowed="key: value lines"
+            "a study file is not a mapping",
+            where=path,
+            value=content,
+            allowed="key: value lines",
+            fix="begin with config/config.yaml, and change what differs",
         )
+    _refuse_cycles(content, path)
     return content
+
+
+class _StudyLoader(yaml.SafeLoader):
+    """Plain YAML, in which a key that stands twice in one mapping is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node; without this check the later of two keys would win."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} stands here twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _refuse_cycles(content: Any, path: Path) -> None:
+    """Refuse a mapping or list that contains itself through a YAML alias.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    open_now: set[int] = set()
+    done: set[int] = set()
+
+    def visit(value: Any, keys: tuple[str, ...]) -> None:
+        if not isinstance(value, (dict, list)) or id(value) in done:
+            return
+        if id(value) in open_now:
+            raise ConfigError(
+                "a study file contains itself: a YAML alias leads back to where it stands",
+                where=f"{path} (key {'.'.join(keys)})",
+                fix="write the values out instead of the alias",
+            )
+        open_now.add(id(value))
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            visit(item, (*keys, str(key)))
+        open_now.discard(id(value))
+        done.add(id(value))
+
+    visit(content, ())
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +275,10 @@ def _tasks(raw: Any, files: tuple[Path, ...]) -> Any:
     twice = [n for n in names if names.count(n) > 1]
     if twice:
         raise ConfigError(
-            "two tasks have the same name", where=_place(("tasks",), files), value=twice[0]
+            "two tasks have the same name",
+            where=_place(("tasks",), files),
+            value=twice[0],
+            fix="remove one, or give it a name of its own: {name: ..., kind: ..., path: ...}",
         )
     return tasks
 
@@ -275,8 +335,12 @@ def _axes(
 
 
 def _readable(value: Any) -> str:
+    """A grid value as part of a run's name: of plain characters, and short."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return "".join(c if c.isalnum() or c in "._" else "-" for c in text)
+    plain = "".join(c if (c.isascii() and c.isalnum()) or c in "._" else "-" for c in text)
+    if len(plain) <= MAX_READABLE:
+        return plain
+    return f"{plain[:MAX_READABLE]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _validate(
@@ -314,6 +378,9 @@ def _validate(
             allowed = did_you_mean(str(path[-1]), _keys_at(model, path[:-1]))
         elif first["type"] == "missing":
             what = f"missing key {key}{more}"
+        elif first["type"] == "string_pattern_mismatch" and NAME in first["msg"]:
+            what = f"{key}: not a name that files can have{more}"
+            allowed = "1 to 64 of the letters A to Z and a to z, digits, . _ and -, no sign first"
         raise ConfigError(
             what,
             where=_place(full, files),
@@ -326,7 +393,7 @@ def _validate(
 def _key_path(problem: Any) -> tuple[Any, ...]:
     """Where a problem is, without Pydantic's names of the forms that a value may have."""
     forms = ("function-", "constrained-", "literal[")
-    path = tuple(p for p in problem["loc"] if not str(p).startswith(forms))
+    path = tuple(p for p in problem["loc"] if p != "[key]" and not str(p).startswith(forms))
     return path[:-1] if path and path[-1] in ("int", "float", "str") else path
 
 

@@ -29,7 +29,8 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Size = Annotated[int | float, Field(gt=0)]
 """A number of examples: an integer counts them, a float up to 1.0 is a share of the pool."""
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(pattern=NAME)]
 
 
 class Section(BaseModel):
@@ -418,6 +419,12 @@ class InfluenceSection(Section):
         description="Precision in which query gradients are held while examples are scored: "
         "bfloat16 takes half the memory; what rounding loses is stored beside the scores.",
     )
+    checkpoints: Literal["last", "epochs"] = Field(
+        "last",
+        description="Measure influence at the end of the warm-up, or at the end of each of its "
+        "epochs, summed by their learning rates, as TracIn and LESS do; every checkpoint has a "
+        "proxy and a scoring pass of its own.",
+    )
     on_nonfinite: Literal["error", "skip"] = Field(
         "error",
         description="An example whose loss or gradient is not finite stops the job, or is left "
@@ -490,22 +497,38 @@ class ScorerSection(Section):
     kind: ScorerName = Field(
         "gradient",
         description="Gradient influence through the proxy; a text encoder that learns it from the "
-        "teach split (influcoder); or random order, length of the response, or similarity of "
-        "words to the queries (TF-IDF, BM25).",
+        "teach split (influcoder); or random order, length of the response, similarity of "
+        "words to the queries (TF-IDF, BM25), importance of n-grams (DSIR); or, of the warmed-up "
+        "target, similarity of hidden states (RepSim), the response's perplexity, or how little "
+        "its prompt helps it (IFD).",
     )
     prefer: Literal["high", "low", "middle"] = Field(
-        "high", description="length: which values rank first."
+        "high", description="length, perplexity, ifd: which values rank first."
     )
     text: Literal["all", "prompt", "response"] = Field(
-        "all", description="tfidf, bm25: part of candidates and queries that is compared."
+        "all", description="tfidf, bm25, dsir: part of candidates and queries that is compared."
     )
     over_queries: Literal["mean", "max"] = Field(
-        "mean", description="tfidf, bm25: one score from the similarities to a task's queries."
+        "mean",
+        description="tfidf, bm25, repsim: one score from the similarities to a task's queries.",
+    )
+    buckets: int = Field(
+        10_000, ge=2, description="dsir: numbers that words and pairs of words are hashed into."
+    )
+    resample: bool = Field(
+        True,
+        description="dsir: rank by a draw in proportion to the weights, as its paper does; false: "
+        "by the weights.",
+    )
+    pooling: Literal["last", "weighted"] = Field(
+        "weighted",
+        description="repsim: hidden state of the last token (RDS), or their mean, later tokens "
+        "weighing more (RDS+).",
     )
     draws: int = Field(
         1, ge=1, le=1000, description="random: number of independent draws, a run each."
     )
-    seed: int = Field(0, description="random: seed of the first draw.")
+    seed: int = Field(0, description="random: seed of the first draw; dsir: of its draw.")
 
 
 class EncoderSection(Section):

@@ -12,11 +12,12 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -117,6 +118,7 @@ def train_folder(
     dtype: str,
     attention: str,
     label: str,
+    keep_epochs: bool = False,
 ) -> dict[str, int | float]:
     """Fine-tune a saved model and save the result, with ``log.parquet`` beside it.
 
@@ -131,6 +133,8 @@ def train_folder(
         dtype: float32 or bfloat16.
         attention: Attention kernel.
         label: What the progress display says.
+        keep_epochs: Also write the float32 weights at the end of every epoch but the last, as
+            :func:`epoch_folder`, and the epochs' learning rates as ``epochs.parquet``.
 
     Returns:
         Metrics of the run: steps, tokens, FLOPs, losses.
@@ -152,11 +156,35 @@ def train_folder(
             pad_token_id=pad_id(tokenizer),
             bf16=dtype == "bfloat16",
             label=label,
+            at_epoch_end=(lambda n: model.save_pretrained(epoch_folder(out, n)))
+            if keep_epochs
+            else None,
         )
         rows, metrics = training.log, training.metrics()
     save(model, tokenizer, out, dtype_of(dtype))
     write_table(out / "log.parquet", rows.astype(LOG_COLUMNS), settings.model_dump())
+    if keep_epochs:
+        write_table(out / "epochs.parquet", epoch_weights(rows), settings.model_dump())
     return metrics
+
+
+def epoch_folder(trained: Path, epoch: int) -> Path:
+    """Where the weights at the end of an epoch, counted from 1, are in a training's folder."""
+    return trained / "epochs" / f"{epoch:02d}"
+
+
+def epoch_weights(log: pd.DataFrame) -> pd.DataFrame:
+    """The weight of each epoch's checkpoint in TracIn's sum (arXiv:2002.08484, section 3).
+
+    Args:
+        log: A row for each step, with ``epoch`` after it and the ``lr`` of it.
+
+    Returns:
+        ``epoch`` (from 1), its ``steps``, mean ``lr``, and ``weight``: these, summing to 1.
+    """
+    epochs = np.ceil(log["epoch"] - 1e-6).astype("int64").rename("epoch")
+    table = log.groupby(epochs)["lr"].agg(steps="size", lr="mean").reset_index()
+    return table.assign(weight=table["lr"] / table["lr"].sum())
 
 
 def fine_tune(
@@ -168,6 +196,7 @@ def fine_tune(
     bf16: bool = False,
     micro_batch: int | None = None,
     label: str = "fine-tuning",
+    at_epoch_end: Callable[[int], object] | None = None,
 ) -> Training:
     """Train a causal LM in place on tokenised examples.
 
@@ -183,6 +212,7 @@ def fine_tune(
         micro_batch: Sequences in one forward pass, a divisor of the batch; by a token budget
             when absent.
         label: What the progress display says.
+        at_epoch_end: Called at the end of every epoch but the last with its number, from 1.
 
     Raises:
         DataError: There are no examples, or one has nothing to learn.
@@ -202,12 +232,15 @@ def fine_tune(
     with tempfile.TemporaryDirectory() as scratch, track(steps, "steps", label) as progress:
         collator = _Collator(pad_token_id)
         recorder = _recorder(progress, collator)
+        callbacks = [recorder]
+        if at_epoch_end is not None:
+            callbacks.append(_epoch_ends(math.ceil(settings.epochs), at_epoch_end))
         trainer = _trainer(
             model=model,
             args=_arguments(settings, steps, micro, bf16, Path(scratch)),
             train_dataset=examples,
             data_collator=collator,
-            callbacks=[recorder],
+            callbacks=callbacks,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -392,3 +425,16 @@ def _recorder(progress: Track, collator: _Collator) -> Any:
             progress.advance(1, note=f"loss {loss:.3f}", **collator.take())
 
     return Recorder()
+
+
+def _epoch_ends(epochs: int, call: Callable[[int], object]) -> Any:
+    """A ``TrainerCallback`` that calls at the end of every epoch but the last."""
+    from transformers import TrainerCallback
+
+    class EpochEnds(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            epoch = round(state.epoch)
+            if epoch < epochs and state.is_world_process_zero:
+                call(epoch)
+
+    return EpochEnds()
