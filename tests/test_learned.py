@@ -131,3 +131,15 @@ def test_every_stage_has_a_cost() -> None:
     # 27 labelled candidates in 2 blocks, 293 known queries in 37, of 24 texts of 200 tokens
     steps = 37
     assert needs["encoder"].tokens == 8 * steps * 24 * 200
+
+
+@pytest.mark.parametrize("features", ["exact", "lora"])
+def test_a_head_for_each_task_learns_from_any_features(features: str) -> None:
+    made = nodes(scorer={"kind": "regression"}, features={"kind": features})
+    heads = {r: n for r, n in made["ranking"].parents.items() if r.startswith("query/")}
+    assert {node.stage for node in heads.values()} == {"head"}
+    parents = heads["query/mmlu"].parents
+    assert {"embeddings", "teach", "heldout"} <= set(parents)
+    assert ("query/mmlu" in parents) == (features == "lora")
+    assert made["fidelity"].parents["proxy"] is made["features"]
+    assert "teacher" not in made["fidelity"].parents

@@ -37,6 +37,7 @@ FILES = {
     "backbone": ["config.json", "encoder.json"],
     "encoder": ["config.json", "encoder.json", "quality.parquet"],
     "embeddings": [],
+    "head": ["rows.zarr/zarr.json", "quality.parquet"],
     "query_embeddings": ["rows.zarr/zarr.json"],
     "ranking": ["ranking.parquet"],
     "fidelity": ["fidelity.parquet", "layers.parquet"],

@@ -156,3 +156,28 @@ rule query_embeddings:
         spec=spec("query_embeddings"),
     script:
         "../scripts/query_embeddings.py"
+
+
+rule head:
+    # A linear function of embeddings learns a teacher's scores for one task.
+    input:
+        all_parents("head"),
+    output:
+        files("head"),
+        manifest=manifest("head"),
+    log:
+        "results/logs/head/{id}.log",
+    benchmark:
+        "results/benchmarks/head/{id}.tsv"
+    conda:
+        "../../envs/iprox.yaml"
+    threads: 1
+    resources:
+        mem_mb=mem("head"),
+        runtime=runtime("head"),
+    params:
+        code=code("head"),
+        parents=parents("head"),
+        spec=spec("head"),
+    script:
+        "../scripts/head.py"

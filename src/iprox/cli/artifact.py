@@ -45,6 +45,7 @@ STAGES = {
     "encoder": "The text encoder after it has learnt a teacher's influence scores.",
     "embeddings": "Every candidate's text embedding.",
     "query_embeddings": "The text embedding of every query of one task.",
+    "head": "A linear function of embeddings that has learnt a teacher's scores for one task.",
     "ranking": "All candidates in the order of their influence, for each task.",
     "fidelity": "How well the proxy's scores agree with the target's on one slice of the pool.",
     "selection": "The candidates that are kept, for each task.",

@@ -675,6 +675,7 @@ STAGE_VIEWS: dict[str, tuple[tuple[str, View], ...]] = {
     "backbone": ((".", model),),
     "encoder": ((".", model), ("quality.parquet", whole_table), ("epochs.parquet", whole_table)),
     "embeddings": ((".", features),),
+    "head": (("quality.parquet", whole_table), ("rows.zarr", store)),
     "query_embeddings": (("rows.zarr", store),),
     "ranking": (("ranking.parquet", ranking),),
     "fidelity": (("fidelity.parquet", agreement), ("layers.parquet", layer_fidelity)),

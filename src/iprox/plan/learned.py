@@ -37,24 +37,56 @@ def learned_nodes(planner: RunPlanner) -> dict[str, Node]:
     return {"pool": planner.pool, **shown}
 
 
+def _backbone(planner: RunPlanner) -> Node:
+    """The encoder as it was published."""
+    published = planner.config.encoder.model_dump(include={"model", "revision"})
+    return planner.plan.add("backbone", published["model"].split("/")[-1], {"encoder": published})
+
+
+def _embeddings(planner: RunPlanner, encoder: Node) -> Node:
+    """Every example's text embedding."""
+    return planner.plan.add(
+        "embeddings",
+        encoder.label,
+        {"encoder": planner.config.encoder.model_dump(include=SEEN)},
+        {"encoder": encoder, "pool": planner.pool},
+        planner.plan.study.config.shards,
+    )
+
+
+def _regression(planner: RunPlanner) -> dict[str, Node]:
+    """A linear function of a published encoder's embeddings for each task."""
+    _check_slice(planner)
+    nodes = {"backbone": _backbone(planner), **planner.scoring_model()}
+    nodes["teach"] = planner.features(nodes["model"], "teach")
+    nodes["heldout"] = planner.features(nodes["model"], "fidelity")
+    embeddings = _embeddings(planner, nodes["backbone"])
+    parents = {"embeddings": embeddings, "teach": nodes["teach"], "heldout": nodes["heldout"]}
+    params: dict[str, Any] = {
+        "influence": planner.config.influence.model_dump(include={"score", "val_agg"}),
+        "scorer": planner.config.scorer.model_dump(include={"fit", "seed"}),
+    }
+    if planner.sketch():
+        params["features"] = planner.sketch()
+        parents |= planner.queries(nodes["model"])
+    for task in planner.tasks:
+        label = f"{task.name}-{planner.label(nodes['model'])}-{params['scorer']['fit']}"
+        nodes[f"query/{task.name}"] = planner.plan.add(
+            "head", label, params | {"task": {"name": task.name}}, parents
+        )
+    return nodes | {"features": embeddings}
+
+
 def _influcoder(planner: RunPlanner) -> dict[str, Node]:
     """An encoder taught by the run's scoring model, or used as it is, and its embeddings."""
     section = planner.config.encoder
-    published = section.model_dump(include={"model", "revision"})
-    name = section.model.split("/")[-1]
-    nodes = {"backbone": planner.plan.add("backbone", name, {"encoder": published})}
+    nodes = {"backbone": _backbone(planner)}
     encoder = nodes["backbone"]
     if section.train:
         nodes |= _taught(planner, encoder)
         encoder = nodes["encoder"]
     seen = section.model_dump(include=SEEN)
-    nodes["features"] = planner.plan.add(
-        "embeddings",
-        encoder.label,
-        {"encoder": seen},
-        {"encoder": encoder, "pool": planner.pool},
-        planner.plan.study.config.shards,
-    )
+    nodes["features"] = _embeddings(planner, encoder)
     for task in planner.tasks:
         nodes[f"query/{task.name}"] = planner.plan.add(
             "query_embeddings",
@@ -113,18 +145,11 @@ def _ranking(planner: RunPlanner, nodes: dict[str, Node]) -> Node:
 
 def _fidelity(planner: RunPlanner, nodes: dict[str, Node]) -> Node:
     """Agreement with the target's exact scores, and with the teacher's own, on the slice."""
-    if planner.slice_is_pool():
-        raise ConfigError(
-            "a slice that is the whole pool leaves nothing that a learned scorer has not seen",
-            where=f"runs.{planner.run.name}: split.fidelity",
-            value=planner.config.split.fidelity,
-            fix="make it smaller",
-        )
     split = planner.split("fidelity")
     parents = {"proxy": nodes["features"], "split": split}
     parents["target"] = planner.features(planner.warmup(), "fidelity", exact=True)
     parents |= {f"proxy_{r}": node for r, node in nodes.items() if r.startswith("query/")}
-    if "heldout" in nodes:
+    if "encoder" in nodes:
         parents["teacher"] = nodes["heldout"]
         sketches = query_sketches(planner, nodes["model"])
         parents |= {f"teacher_query/{task}": node for task, node in sketches.items()}
@@ -136,7 +161,7 @@ def _fidelity(planner: RunPlanner, nodes: dict[str, Node]) -> Node:
 
 
 def _check_teacher(planner: RunPlanner) -> None:
-    """Refuse a teacher that cannot label single pairs, or that nothing can be held out from.
+    """Refuse a teacher that cannot label single pairs, or that leaves nothing to hold out.
 
     Raises:
         ConfigError: Says which.
@@ -149,9 +174,18 @@ def _check_teacher(planner: RunPlanner) -> None:
             allowed="countsketch, lora, logra, random",
             fix="set features: {kind: lora}",
         )
+    _check_slice(planner)
+
+
+def _check_slice(planner: RunPlanner) -> None:
+    """Refuse a fidelity slice from which nothing is left to teach with.
+
+    Raises:
+        ConfigError: It is the whole pool.
+    """
     if planner.slice_is_pool():
         raise ConfigError(
-            "the encoder is judged on the fidelity slice, which leaves no example to teach with",
+            "what learns is judged on the fidelity slice, which leaves no example to teach with",
             where=f"runs.{planner.run.name}: split.fidelity",
             value=planner.config.split.fidelity,
             fix="make it smaller: split.teach and split.fidelity share no example",
@@ -160,6 +194,7 @@ def _check_teacher(planner: RunPlanner) -> None:
 
 LEARNED: dict[str, Callable[[RunPlanner], dict[str, Node]]] = {
     "influcoder": _influcoder,
+    "regression": _regression,
 }
 """Scorer -> what it adds: ``features``, with a row for every pool example, and ``query/<task>``,
 with the rows they are compared with."""

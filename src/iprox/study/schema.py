@@ -497,7 +497,8 @@ class ScorerSection(Section):
     kind: ScorerName = Field(
         "gradient",
         description="Gradient influence through the proxy; a text encoder that learns it from the "
-        "teach split (influcoder); or random order, length of the response, similarity of "
+        "teach split (influcoder), or a linear function of its embeddings that does (regression); "
+        "or random order, length of the response, similarity of "
         "words to the queries (TF-IDF, BM25), importance of n-grams (DSIR); or, of the warmed-up "
         "target, similarity of hidden states (RepSim), the response's perplexity, or how little "
         "its prompt helps it (IFD).",
@@ -524,6 +525,11 @@ class ScorerSection(Section):
         "weighted",
         description="repsim: hidden state of the last token (RDS), or their mean, later tokens "
         "weighing more (RDS+).",
+    )
+    fit: Literal["ridge", "adam"] = Field(
+        "ridge",
+        description="regression: closed form, the penalty chosen by leaving one out; or, as "
+        "published, a few passes of Adam, which hardly move the weights.",
     )
     draws: int = Field(
         1, ge=1, le=1000, description="random: number of independent draws, a run each."

@@ -32,6 +32,7 @@ SCORERS: dict[str, Scorer] = {
     "tfidf": Scorer(("tasks",), ("text", "over_queries")),
     "bm25": Scorer(("tasks",), ("text", "over_queries")),
     "influcoder": Scorer(("features",)),
+    "regression": Scorer(("features",)),
     "dsir": Scorer(("tasks",), ("text", "buckets", "resample", "seed")),
     "repsim": Scorer(("tasks", "warmup"), ("pooling", "over_queries")),
     "perplexity": Scorer(("warmup",), ("prefer",)),
