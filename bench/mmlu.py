@@ -42,8 +42,14 @@ def main() -> None:
 
 def questions(data: Path, n_subjects: int, n_items: int) -> list[Item]:
     """Test questions of a few subjects, seeded, with their worked examples."""
-    keys = {"path": "mmlu/mmlu.parquet", "test": "mmlu/mmlu.parquet"}
-    section = TaskSection(name="mmlu", kind="mmlu", test_per_subtask=n_items, **keys)
+    section = TaskSection(
+        name="mmlu",
+        kind="mmlu",
+        path="mmlu/mmlu.parquet",
+        test="mmlu/mmlu.parquet",
+        test_per_subtask=n_items,
+        allow_contaminated=True,
+    )
     items = build_task(section, data).test
     subjects = sorted({item.subtask for item in items})
     chosen = np.random.default_rng(0).choice(subjects, n_subjects, replace=False)

@@ -41,7 +41,7 @@ def data(tmp_path: Path) -> Path:
             "id": f"{subject}-{split}-{n}",
             "split": split,
             "subject": subject,
-            "question": f"Which number of {subject} comes after {n}?",
+            "question": f"Which number of {subject} comes after {n}?" + " Say." * (split == "test"),
             **{letter: str(n + i) for i, letter in enumerate("ABCD")},
             "answer": "BCDA"[n % 4],
         }

@@ -10,7 +10,7 @@ from typing import Any
 
 from iprox.errors import ConfigError
 from iprox.plan.nodes import Node, Plan
-from iprox.plan.scorers import scorer_nodes
+from iprox.plan.scorers import scorer_nodes, task_parents
 from iprox.study.estimators import ESTIMATORS
 from iprox.study.load import Run
 from iprox.study.schema import ProxySection, TaskSection
@@ -80,7 +80,7 @@ class RunPlanner:
             "selection",
             f"{nodes['ranking'].label}-{self.config.select.fraction:g}",
             {"select": self.config.select.model_dump()},
-            {"pool": self.pool, "ranking": nodes["ranking"]},
+            {"pool": self.pool, "ranking": nodes["ranking"], **task_parents(self)},
         )
         if until == "selection":
             return nodes

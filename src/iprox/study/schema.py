@@ -175,6 +175,9 @@ class TaskSection(Section):
         description="Test items of a subtask, at most (seeded); absent: 40 for bbh, 200 for "
         "tydiqa, else all.",
     )
+    allow_contaminated: bool = Field(
+        False, description="Go on when development examples are also test items; listed either way."
+    )
     seed: int = Field(0, description="Seed of all draws of this task.")
 
     @property
@@ -585,6 +588,10 @@ class SelectSection(Section):
     """How many examples of the ranking are kept, for each task."""
 
     fraction: Fraction = Field(0.05, description="Share of the pool selected for each task.")
+    allow_contaminated: bool = Field(
+        False,
+        description="Go on when examples of a task also stand in the pool; listed either way.",
+    )
 
 
 class FinetuneSection(Section):
