@@ -68,7 +68,7 @@ def compare(lm: Any, items: list[Item], rounds: int) -> dict[str, float | int]:
 
     found: dict[str, list[float]] = {}
     window = lm.max_length
-    prepare = Preparation(lm.tokenizer, ChatSection(), EvaluateSection(), window, "mmlu")
+    prepare = Preparation(lm.tokenizer, ChatSection(), EvaluateSection(), window, None)
 
     def theirs() -> None:
         asked = [(item.messages[0]["content"], choice) for item in items for choice in item.choices]
