@@ -396,6 +396,28 @@ def test_agreement_is_spearmans_correlation(fixture: Fixture, study: Study) -> N
     assert hit["n"].item() == 40
 
 
+def test_overlaps_count_what_two_runs_share(fixture: Fixture, study: Study) -> None:
+    table = selected.overlaps(study).set_index(["task", "run_a", "run_b"])
+    chosen = {}
+    for run in ("full", "svd-0.5"):
+        rows = pd.read_parquet(fixture.parents[f"{run}/selection"] / "selection.parquet")
+        chosen[run] = set(rows.loc[rows["task"] == "bbh", "example_id"])
+    row = table.loc[("bbh", "full", "svd-0.5")]
+    both = chosen["full"] & chosen["svd-0.5"]
+    assert row["overlap"] == len(both) / min(map(len, chosen.values()))
+    assert row["jaccard"] == len(both) / len(chosen["full"] | chosen["svd-0.5"])
+    assert table.loc[("bbh", "full", "full"), "overlap"] == 1
+
+
+def test_a_selection_that_tasks_share_counts_for_each(tmp_path: Path) -> None:
+    rows = pd.DataFrame({"example_id": ["x", "y"], "task": ["bbh", "mmlu"]})
+    write_table(tmp_path / "selection.parquet", rows)
+    for how, expected in (("each", {"x"}), ("round_robin", {"x", "y"})):
+        params = {"select": {"tasks": how}}
+        artifact = Artifact(tmp_path, "selection", "i", {}, params, {})
+        assert selected.selected_ids(artifact, "bbh") == expected
+
+
 def test_composition_counts_every_selected_example(fixture: Fixture, study: Study) -> None:
     table = selected.composition(study)
     pool = pd.read_parquet(fixture.parents["pool"] / "pool.parquet").set_index("example_id")

@@ -33,6 +33,7 @@ def make(job: Job) -> Metrics:
         "heldout": tables.heldout(study),
         "paired": tables.paired(study),
         "agreement": tables.agreement(study),
+        "overlap": selected.overlaps(study),
         "composition": selected.composition(study),
         "examples": selected.examples(study),
         "layers": tables.layers(study),
