@@ -60,7 +60,9 @@ def model_threads():
     On one machine two such jobs share the cores given to the workflow: on a CPU two jobs with
     half the threads each finish sooner than one after the other. A cluster's job has its own.
     """
-    cores = workflow.resource_settings.cores  # None on a cluster, where nothing says how many
+    cores = (
+        workflow.resource_settings.cores
+    )  # None on a cluster, where nothing says how many
     if workflow.remote_exec:
         return cores or 1
     return max(1, cores // 2) if cores else CLUSTER_THREADS
