@@ -98,6 +98,18 @@ def test_scoring_by_hand() -> None:
     assert need.disk == 100 * (8 + 60) + by_layer + 4 * 6500  # four shards
 
 
+def test_scorers_that_pass_texts_by_hand() -> None:
+    kinds = ["repsim", "perplexity", "ifd", "bm25"]
+    plan = planned(runs={k: {"scorer": {"kind": k}} for k in kinds}, until="ranking")
+    needs = {k: Estimator(ARCH, volumes()).need(node(plan, "ranking", k)) for k in kinds}
+    body, head = 2 * (10 * LINEARS + 2 * 10 * 10 * 8), 2 * 5 * 32 * 8
+    assert needs["repsim"].flops == 100 * body
+    assert needs["perplexity"].flops == 100 * (body + head)
+    assert needs["ifd"].flops == 2 * needs["perplexity"].flops
+    assert needs["bm25"].flops == needs["bm25"].tokens == 0
+    assert needs["repsim"].memory > needs["bm25"].memory
+
+
 def test_training_by_hand() -> None:
     plan = planned(finetune={"epochs": 2.0})
     need = Estimator(ARCH, volumes()).need(node(plan, "finetune"))

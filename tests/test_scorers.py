@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -15,6 +16,7 @@ from test_plan import plan, stages
 
 from iprox import scorers
 from iprox.errors import ConfigError, DataError
+from iprox.numerics.ngrams import gumbel
 from iprox.scorers import OverQueries, preferred, text_of
 from iprox.stages import ranking
 from iprox.store.tables import read_metadata, read_table
@@ -227,3 +229,44 @@ def test_the_scorer_of_the_contributors_guide_runs(
 def test_an_unknown_scorer_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="bm25"):
         plan(runs={"r": {"scorer": {"kind": "bm52"}}})
+
+
+def test_dsir_weighs_words_and_pairs_of_words(tmp_path: Path) -> None:
+    buckets = 2**18  # nothing collides
+    found = scored(tmp_path, "dsir", buckets=buckets, resample=False)
+
+    def grams(text: str) -> Counter[str]:
+        units = re.findall(r"\w+|[^\w\s]+", text.lower())
+        return Counter(units + [f"{a} {b}" for a, b in itertools.pairwise(units)])
+
+    bags = {i: grams("\n".join(turns)) for i, turns in POOL.items()}
+    pool = sum(bags.values(), Counter())
+    for task, rows in QUERIES.items():
+        wanted = sum((grams(f"{p}\n{r}") for _, p, r in rows), Counter())
+        for example, bag in bags.items():
+            expected = sum(
+                n * math.log((wanted[g] + 1) / (wanted.total() + buckets))
+                - n * math.log((pool[g] + 1) / (pool.total() + buckets))
+                for g, n in bag.items()
+            )
+            assert found[task][example] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_top_of_noisy_weights_is_a_draw_in_proportion_to_them() -> None:
+    weights = np.array([0.5, 0.3, 0.2])
+    draws = 20_000
+    uniforms = np.random.default_rng(0).random((draws, 3))
+    order = np.argsort(-(np.log(weights) + gumbel(uniforms)), axis=1)
+    first = np.bincount(order[:, 0], minlength=3) / draws
+    np.testing.assert_allclose(first, weights, atol=4 * 0.5 / math.sqrt(draws))
+    second = order[order[:, 0] == 0, 1]  # of what is left: 0.6 and 0.4
+    assert np.mean(second == 1) == pytest.approx(0.6, abs=4 * 0.5 / math.sqrt(len(second)))
+
+
+def test_a_dsir_draw_depends_on_its_seed_and_on_nothing_else(tmp_path: Path) -> None:
+    found = []
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        (tmp_path / name).mkdir()
+        found.append(scored(tmp_path / name, "dsir", seed=seed))
+    assert found[0] == found[1]
+    assert found[0] != found[2]

@@ -81,7 +81,7 @@ rule features:
 
 
 rule ranking:
-    # Scores, sorted.
+    # Scores, sorted; all there is to do for a scorer that needs no gradients.
     input:
         all_parents("ranking"),
     output:
@@ -93,10 +93,14 @@ rule ranking:
         "results/benchmarks/ranking/{id}.tsv"
     conda:
         "../../envs/iprox.yaml"
-    threads: 1
+    threads: lambda wildcards: model_threads() if passes_model(wildcards) else 1
     resources:
-        mem_mb=mem("ranking"),
-        runtime=runtime("ranking"),
+        gpu=lambda wildcards: int(passes_model(wildcards)),
+        gpu_mem_mb=lambda wildcards, attempt: (
+            passes_model(wildcards) * gpu_mem("ranking")(wildcards, attempt)
+        ),
+        mem_mb=of_ranking(mem),
+        runtime=of_ranking(runtime),
     params:
         code=ranking_code,
         parents=parents("ranking"),

@@ -461,6 +461,7 @@ def _train(
         if not (found.is_finite and math.isfinite(norm)):
             run.diverged_at = number
             return
+        found.gradients.clear()  # not to be held through the next step
         tokens = int(batch.lengths.sum())
         point = replace(found.point, step=number, epoch=epoch, lr=lr, grad_norm=norm)
         run.add_step(point, tokens, found.n_zero)

@@ -162,15 +162,27 @@ def gradient(proxy: Factorised, batch: Batch, target: TargetView) -> tuple[Objec
     """
     if proxy.align.hvp == "double_backward":
         return _double_backward(proxy, batch, target)
-    found, direction, explicit = _first_order(proxy, batch, target)
-    product = hessian_vector(proxy, batch, direction)
-    return found, [h + e for h, e in zip(product, explicit, strict=True)]
+    found, direction, total = _first_order(proxy, batch, target)
+    add_hessian_vector(total, proxy, batch, direction)
+    return found, total
 
 
 def hessian_vector(proxy: Factorised, batch: Batch, direction: Sequence[Tensor]) -> list[Tensor]:
     """Hessian of the proxy's loss over all factors, times ``direction``."""
-    product = _jvp if proxy.align.hvp == "jvp" else _central_difference
-    return product(proxy, batch, direction)
+    product = [torch.zeros_like(p) for p in proxy.parameters]
+    add_hessian_vector(product, proxy, batch, direction)
+    return product
+
+
+def add_hessian_vector(
+    total: Sequence[Tensor], proxy: Factorised, batch: Batch, direction: Sequence[Tensor]
+) -> None:
+    """Add the product of :func:`hessian_vector` in place, so that it is never held by itself."""
+    if proxy.align.hvp == "jvp":
+        for one, product in zip(total, _jvp(proxy, batch, direction), strict=True):
+            one.add_(product)
+    else:
+        _add_central_difference(total, proxy, batch, direction)
 
 
 @contextmanager
@@ -230,7 +242,7 @@ def _first_order(
             if align.grad == "exact":
                 by_factors = project(target.layers[name], by_projected)
                 for j, d in enumerate(by_factors):
-                    explicit[2 * i + j] = explicit[2 * i + j] + scale * d
+                    explicit[2 * i + j].add_(scale * d)
     return _summary(proxy, terms, kl, loss, target), direction, explicit
 
 
@@ -263,31 +275,30 @@ def _jvp(proxy: Factorised, batch: Batch, direction: Sequence[Tensor]) -> list[T
     return [product[name] for name in names]
 
 
-def _central_difference(
-    proxy: Factorised, batch: Batch, direction: Sequence[Tensor]
-) -> list[Tensor]:
-    """(∇L(θ + εc) - ∇L(θ - εc)) / 2ε with ε = 1e-4 ‖θ‖ / ‖c‖: error of the order of ε²."""
+def _add_central_difference(
+    total: Sequence[Tensor], proxy: Factorised, batch: Batch, direction: Sequence[Tensor]
+) -> None:
+    """Add (∇L(θ + εc) - ∇L(θ - εc)) / 2ε with ε = 1e-4 ‖θ‖ / ‖c‖: error of the order of ε²."""
     parameters = proxy.parameters
     here = [p.detach().clone() for p in parameters]
     length = _norm(direction)
     if length == 0:
-        return [torch.zeros_like(p) for p in parameters]
+        return
     step = RELATIVE_STEP * _norm(here) / length
-    product: list[Tensor] = [torch.zeros_like(p) for p in parameters]
     try:
         for sign in (1, -1):
             with torch.no_grad():
                 for p, origin, along in zip(parameters, here, direction, strict=True):
-                    p.copy_(origin + sign * step * along)
+                    torch.add(origin, along, alpha=sign * step, out=p)
             with torch.enable_grad():
                 gradients = torch.autograd.grad(_loss(proxy.model, batch), parameters)
-            for total, grad in zip(product, gradients, strict=True):
-                total.add_(grad, alpha=sign / (2 * step))
+            for one, grad in zip(total, gradients, strict=True):
+                one.add_(grad, alpha=sign / (2 * step))
+            del gradients
     finally:
         with torch.no_grad():
             for p, origin in zip(parameters, here, strict=True):
                 p.copy_(origin)
-    return product
 
 
 def _forward(

@@ -525,7 +525,18 @@ class Estimator:
 
     def _ranking(self, node: Node) -> Need:
         pool = next(n for n in _ancestors(node) if n.stage == "pool")
-        return Need(disk=24 * len(node.params["tasks"]) * self.volumes.pool(pool))
+        need = Need(disk=24 * len(node.params["tasks"]) * self.volumes.pool(pool))
+        if "warmup" not in node.parents:
+            return need
+        kind, element = node.params["scorer"]["kind"], BYTES[node.params["compute"]["dtype"]]
+        net, texts = self.network(node.parents["warmup"]), self.volumes.examples(node, pool)
+        load = _load(texts).times(2 if kind == "ifd" else 1)  # with the prompt and without
+        return replace(
+            need,
+            flops=flops.forward(net, load, logits=0 if kind == "repsim" else None),
+            memory=self._pass_memory(net, texts, element),
+            tokens=load.tokens,
+        )
 
     def _evaluation(self, node: Node) -> Need:
         net = Network.plan(self.arch)
@@ -570,6 +581,8 @@ def needs_model(node: Node) -> bool:
     """Whether a stage passes texts through a model."""
     if node.stage == "direction":
         return "model" in node.parents
+    if node.stage == "ranking":
+        return "warmup" in node.parents
     return node.stage in {
         "warmup",
         "probe",

@@ -19,6 +19,7 @@ def _tasks(planner: RunPlanner) -> dict[str, Node]:
 
 PARENTS: dict[str, Callable[[RunPlanner], dict[str, Node]]] = {
     "tasks": _tasks,
+    "warmup": lambda planner: {"warmup": planner.warmup()},
 }
 """What a scorer may read besides the pool: name -> stages, by the roles a job finds them under."""
 
@@ -39,5 +40,7 @@ def scorer_nodes(planner: RunPlanner) -> dict[str, Node]:
         "scorer": settings,
         "tasks": [task.name for task in planner.tasks],
     }
+    if "warmup" in scorer.reads:
+        params |= {"chat": planner.chat, "compute": planner.compute}
     shown = {role: node for role, node in parents.items() if not role.startswith("task/")}
     return {**shown, "ranking": planner.plan.add("ranking", label, params, parents)}

@@ -18,8 +18,10 @@ import pyarrow.compute as pc
 from scipy import stats
 
 from iprox.errors import ConfigError
+from iprox.stages.texts import Texts, pool_blocks
 from iprox.store.job import Job, Metrics
 from iprox.store.tables import read_arrow
+from iprox.study.schema import ChatSection
 
 READ_ROWS = 2**14
 """Examples whose texts are Python objects at once."""
@@ -70,6 +72,11 @@ class Corpus:
         for start in range(0, len(messages), READ_ROWS):
             for conversation in messages.slice(start, READ_ROWS).to_pylist():
                 yield text_of(conversation, part)
+
+    def encoded(self, tokenizer: Any, chat: ChatSection) -> Iterator[Texts]:
+        """Candidates as tokens, in the order of their ids, some at a time."""
+        ids = self.ids.to_pylist()
+        return pool_blocks(self.job.parents["pool"], ids, tokenizer, chat, READ_ROWS)
 
     def queries(self, part: str = "all") -> dict[str, list[str]]:
         """A part of every query's text by task.

@@ -44,11 +44,21 @@ def open_reader(job: Job, role: str) -> Reader:
     Raises:
         ModelError: The model cannot be loaded, or a layer pattern does not fit it.
     """
+    reader = open_model(job, role)
+    layers = scored_linears(reader.model, job.section(LayersSection, "layers"))
+    return reader._replace(layers=layers)
+
+
+def open_model(job: Job, role: str) -> Reader:
+    """Load the parent model ``role`` for forward passes, in which no layer counts.
+
+    Raises:
+        ModelError: The model cannot be loaded.
+    """
     compute, device = job.params["compute"], pick_device()
     folder = job.parents[role]
     model = load_model(folder, dtype_of(compute["dtype"]), compute["attention"], device)
-    layers = scored_linears(model, job.section(LayersSection, "layers"))
-    return Reader(model, load_tokenizer(folder), layers, device)
+    return Reader(model, load_tokenizer(folder), {}, device)
 
 
 def model_sizes(reader: Reader) -> dict[str, int]:

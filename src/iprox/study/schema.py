@@ -489,21 +489,37 @@ class ScorerSection(Section):
     kind: ScorerName = Field(
         "gradient",
         description="Gradient influence through the proxy; or random order, length of the "
-        "response, or similarity of words to the queries (TF-IDF, BM25).",
+        "response, similarity of words to the queries (TF-IDF, BM25), importance of n-grams "
+        "(DSIR); or, of the warmed-up target, similarity of hidden states (RepSim), the "
+        "response's perplexity, or how little its prompt helps it (IFD).",
     )
     prefer: Literal["high", "low", "middle"] = Field(
-        "high", description="length: which values rank first."
+        "high", description="length, perplexity, ifd: which values rank first."
     )
     text: Literal["all", "prompt", "response"] = Field(
-        "all", description="tfidf, bm25: part of candidates and queries that is compared."
+        "all", description="tfidf, bm25, dsir: part of candidates and queries that is compared."
     )
     over_queries: Literal["mean", "max"] = Field(
-        "mean", description="tfidf, bm25: one score from the similarities to a task's queries."
+        "mean",
+        description="tfidf, bm25, repsim: one score from the similarities to a task's queries.",
+    )
+    buckets: int = Field(
+        10_000, ge=2, description="dsir: numbers that words and pairs of words are hashed into."
+    )
+    resample: bool = Field(
+        True,
+        description="dsir: rank by a draw in proportion to the weights, as its paper does; false: "
+        "by the weights.",
+    )
+    pooling: Literal["last", "weighted"] = Field(
+        "weighted",
+        description="repsim: hidden state of the last token (RDS), or their mean, later tokens "
+        "weighing more (RDS+).",
     )
     draws: int = Field(
         1, ge=1, le=1000, description="random: number of independent draws, a run each."
     )
-    seed: int = Field(0, description="random: seed of the first draw.")
+    seed: int = Field(0, description="random: seed of the first draw; dsir: of its draw.")
 
 
 class FidelitySection(Section):

@@ -31,6 +31,10 @@ SCORERS: dict[str, Scorer] = {
     "length": Scorer(keys=("prefer",)),
     "tfidf": Scorer(("tasks",), ("text", "over_queries")),
     "bm25": Scorer(("tasks",), ("text", "over_queries")),
+    "dsir": Scorer(("tasks",), ("text", "buckets", "resample", "seed")),
+    "repsim": Scorer(("tasks", "warmup"), ("pooling", "over_queries")),
+    "perplexity": Scorer(("warmup",), ("prefer",)),
+    "ifd": Scorer(("warmup",), ("prefer",)),
 }
 """Every scorer but ``gradient``, which is what the other sections of a run describe, is the
 function ``score`` of ``iprox.scorers.<name>``."""
