@@ -47,6 +47,8 @@ CONTEXTS: dict[str, dict[str, Any]] = {
     "random": {"scorer": {"kind": "random", "draws": 2}},
     "bm25": {"scorer": {"kind": "bm25"}},
     "length": {"scorer": {"kind": "length"}},
+    "dsir": {"scorer": {"kind": "dsir"}},
+    "repsim": {"scorer": {"kind": "repsim"}},
 }
 """What a study is over :data:`BASE`: kinds of proxy, estimator, features and scorer."""
 

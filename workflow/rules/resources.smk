@@ -59,13 +59,6 @@ def passes_model(wildcards):
     return "warmup" in PLAN.node("ranking", wildcards.id).parents
 
 
-def of_ranking(amount):
-    """What a ranking asks for: as much as gradients if it passes texts through a model."""
-    return lambda wildcards, attempt: amount(
-        "features" if passes_model(wildcards) else "ranking"
-    )(wildcards, attempt)
-
-
 def model_threads():
     """Threads of a job that runs a model.
 
