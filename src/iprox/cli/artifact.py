@@ -52,6 +52,9 @@ STAGES = {
     "finetune": "The target fine-tuned on a selection, as a Hugging Face folder.",
     "evaluation": "What a model scores on one task, item by item and in all.",
     "synthetic": "What low-rank layers of a small network keep of its loss and its influence.",
+    "small": "A tiny model, trained on part of the pool and on all candidates from there.",
+    "retrain": "Losses of the tiny model after training on random subsets of the candidates.",
+    "faithfulness": "How well the scores of every run predict retraining, with intervals.",
     "report": "Tables, figures and a page that show the runs of a study beside each other.",
 }
 

@@ -683,6 +683,9 @@ STAGE_VIEWS: dict[str, tuple[tuple[str, View], ...]] = {
     "finetune": ((".", model), ("log.parquet", training_log)),
     "evaluation": (("metrics.json", metrics), ("items.parquet", items)),
     "synthetic": (("retention.parquet", whole_table),),
+    "small": (("start", model), ("full", model)),
+    "retrain": (("losses.parquet", whole_table),),
+    "faithfulness": (("faithfulness.parquet", whole_table),),
     "report": ((".", to_open),),
 }
 

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from iprox.data.sources import DATA_SUFFIXES, Source, load_hub
 from iprox.errors import DataError
-from iprox.study.schema import PoolSection
+from iprox.study.schema import Hub, PoolSection
 
 log = logging.getLogger(__name__)
 
@@ -250,13 +250,25 @@ def read_rows(path: Path, name: str | None = None) -> list[Row]:
     return rows
 
 
+def hub_rows(hub: Hub, origin: str | None = None) -> list[Row]:
+    """Records of a hub data set.
+
+    Args:
+        hub: The data set.
+        origin: What to call it in the ``source`` column; its name if absent.
+
+    Raises:
+        DataError: It cannot be loaded, or is empty.
+    """
+    records = load_hub(hub)
+    if not records:
+        raise DataError("a hub data set has no records", where=hub.name)
+    return [Row(r, origin or hub.name, f"{hub.name}: row {i}") for i, r in enumerate(records)]
+
+
 def _source_rows(source: Source) -> Iterator[Row]:
     if source.hub is not None:
-        records = load_hub(source.hub)
-        if not records:
-            raise DataError("a hub data set has no records", where=source.hub.name)
-        for i, fields in enumerate(records):
-            yield Row(fields, source.origin, f"{source.hub.name}: row {i}")
+        yield from hub_rows(source.hub, source.origin)
     for name, path in source.files:
         yield from read_rows(path, name)
 

@@ -10,12 +10,14 @@ from typing import Any
 
 from iprox.errors import ConfigError
 from iprox.plan.learned import LEARNED, learned_nodes
+from iprox.plan.multistage import finetuned_model, finetuned_stages
 from iprox.plan.nodes import Node, Plan
 from iprox.plan.scorers import scorer_nodes
+from iprox.plan.selection import is_per_task, selection_node
 from iprox.study.estimators import ESTIMATORS
 from iprox.study.load import Run
 from iprox.study.schema import ProxySection, TaskSection
-from iprox.study.scorers import GRADIENT, SCORERS
+from iprox.study.scorers import GRADIENT
 
 QUERY_KEYS = {"loss_reduction", "val_agg"}
 """Keys of the section ``influence`` that query gradients depend on."""
@@ -86,15 +88,10 @@ class RunPlanner:
             nodes |= scorer_nodes(self)
         if until == "ranking":
             return nodes
-        nodes["selection"] = self.plan.add(
-            "selection",
-            f"{nodes['ranking'].label}-{self.config.select.fraction:g}",
-            {"select": self.config.select.model_dump()},
-            {"pool": self.pool, "ranking": nodes["ranking"]},
-        )
+        nodes["selection"] = selection_node(self, nodes["ranking"])
         if until == "selection":
             return nodes
-        return nodes | self._outcome(nodes["selection"], per_task=SCORERS[kind].is_by_task)
+        return nodes | self._outcome(nodes["selection"], per_task=is_per_task(nodes["selection"]))
 
     def split(self, name: str) -> Node:
         """The stage that draws one named subset of the pool."""
@@ -290,10 +287,16 @@ class RunPlanner:
         Query gradients themselves, or what the run's estimator makes of them.
         """
         asked = self.asked(model)
+        at = finetuned_model(self) if self.is_multistage else asked
         return {
-            f"query/{task.name}": self.direction(self.query(asked, task), asked, task)
+            f"query/{task.name}": self.direction(self.query(at, task), asked, task)
             for task in self.tasks
         }
+
+    @property
+    def is_multistage(self) -> bool:
+        """Whether tasks are measured at a model that was fine-tuned after the one that scores."""
+        return self.config.influence.estimator == "multistage"
 
     def asked(self, model: Node) -> Node:
         """The model whose query gradients, and curvature, serve a scoring model.
@@ -327,10 +330,14 @@ class RunPlanner:
                 allowed="kfac with factored; any estimator with relative or absolute",
             )
         made = self.curvature(model) | {"model": model, "pool": self.pool}
+        keys = {"damping", "damping_mode"}
         if "split" in reads:
             made["split"] = self.split("fisher")
+        if self.is_multistage:
+            made |= finetuned_stages(self)
+            keys |= {"proximity"}
         params: dict[str, Any] = {
-            "curvature": self.config.curvature.model_dump(include={"damping", "damping_mode"}),
+            "curvature": self.config.curvature.model_dump(include=keys),
             "estimator": {"kind": estimator},
         }
         if "model" in reads:
@@ -339,8 +346,13 @@ class RunPlanner:
         label = f"{task.name}-{self.label(model)}-{estimator}"
         return self.plan.add("direction", label, params, parents)
 
-    def curvature(self, model: Node) -> dict[str, Node]:
-        """The stages of a scoring model's curvature that the run's estimator reads."""
+    def curvature(self, model: Node, texts: dict[str, Node] | None = None) -> dict[str, Node]:
+        """The stages of a model's curvature that the run's estimator reads.
+
+        Args:
+            model: The model.
+            texts: Pool and split that it is fitted on; the pool's fisher split when absent.
+        """
         reads = ESTIMATORS[self.config.influence.estimator]
         if "curvature" not in reads:
             return {}
@@ -348,8 +360,9 @@ class RunPlanner:
         if fit["labels"] == "empirical":
             fit["seed"] = 0  # nothing is drawn
         params = self.passing() | self._loss() | {"curvature": fit}
-        passed = {"model": model, "pool": self.pool, "split": self.split("fisher")}
-        label = f"{self.label(model)}-{self.config.split.fisher:g}"
+        texts = texts or {"pool": self.pool, "split": self.split("fisher")}
+        passed = {"model": model, **texts}
+        label = f"{self.label(model)}-{texts['split'].params['split']['size']:g}"
         shards = self._fisher_shards()
         covariance = self.plan.add("covariance", label, params, passed, shards)
         nodes = {
@@ -478,7 +491,10 @@ class RunPlanner:
 
     def _scored(self, model: Node) -> dict[str, Node]:
         """The scoring pass over the pool, and the curvature that its queries were changed by."""
-        return {**self.curvature(self.asked(model)), "features": self.features(model, "all")}
+        nodes = self.curvature(self.asked(model))
+        if self.is_multistage:
+            nodes["finetuned"] = finetuned_model(self)
+        return {**nodes, "features": self.features(model, "all")}
 
     def _ranked(self, nodes: dict[str, Node]) -> dict[str, Node]:
         """What a ranking reads of one checkpoint: features, and queries if they are sketches."""

@@ -30,7 +30,8 @@ QUERIES = {"mmlu": 285, "bbh": 81, "tydiqa": 9, "messages": 50}
 QUERY_TOKENS = {"mmlu": 150, "bbh": 800, "tydiqa": 400, "messages": TOKENS}
 SUBTASKS = {"mmlu": 57, "bbh": 27, "tydiqa": 9, "messages": 1}
 TEST_ITEMS = {"mmlu": 14_042, "bbh": 1_080, "tydiqa": 1_713, "messages": 200}
-TEST_TOKENS = {"mmlu": 800, "bbh": 1_200, "tydiqa": 700, "messages": TOKENS}
+TEST_TOKENS = {"mmlu": 250, "bbh": 1_200, "tydiqa": 700, "messages": TOKENS}
+"""Of MMLU without the worked examples: they are read once for a subject."""
 
 
 class Texts(NamedTuple):
@@ -136,7 +137,7 @@ class Volumes:
         section, label = task.params["task"], f"test items of {task.params['task']['name']}"
         asked = _test_items(section)
         n, source = asked, "assumed"
-        tokens = _assumed(QUERY_TOKENS if section["test"] is None else TEST_TOKENS, section, node)
+        tokens = _assumed(TEST_TOKENS if _is_tested(section) else QUERY_TOKENS, section, node)
         for made in self._counted("evaluation", node, "task", task):
             counts = made.metrics
             before = _test_items(made.node.parents["task"].params["task"])
@@ -176,9 +177,13 @@ def _assumed(by_kind: Mapping[str, int], section: Mapping[str, Any], node: Node)
     return min(tokens, int(node.params["chat"]["max_length"]))
 
 
+def _is_tested(section: Mapping[str, Any]) -> bool:
+    return section["test"] is not None or section["test_hub"] is not None
+
+
 def _test_items(section: Mapping[str, Any]) -> int:
     """Test items that a task asks for."""
-    if section["test"] is None:
+    if not _is_tested(section):
         return int(section["heldout"])
     return int(section["test_limit"] or TEST_ITEMS[section["kind"]])
 

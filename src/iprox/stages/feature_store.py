@@ -335,6 +335,43 @@ def restrict(features: Features, ids: Sequence[str]) -> Features:
     return Features(**values | kept | {"example_id": features.example_id.filter(keep)})
 
 
+def sketch_rows(folder: Path, ids: Sequence[str]) -> np.ndarray:
+    """Sketches of some examples at unit length, in the order asked for.
+
+    Only rows that are asked for are kept; the rest passes by a chunk at a time.
+
+    Args:
+        folder: A features artifact of sketches.
+        ids: Ids of the examples.
+
+    Returns:
+        (examples, dim) in the precision they are stored in.
+
+    Raises:
+        ArtifactError: There are no sketches, or an example has none.
+    """
+    wanted = pa.array(list(ids), pa.large_string())
+    rows: np.ndarray | None = None
+    found = np.zeros(len(wanted), dtype=bool)
+    for path in sorted(folder.glob("shard-*.zarr")):
+        shard = open_store(path)
+        if "sketch" not in shard:
+            raise ArtifactError("features are not sketches", where=path, fix="set features.kind")
+        sketch, places = shard["sketch"], pc.index_in(_read_ids(shard["example_id"]), wanted)
+        here = places.fill_null(-1).to_numpy()
+        if rows is None:
+            rows = np.zeros((len(wanted), sketch.shape[1]), dtype=sketch.dtype)
+        for start in range(0, len(here), sketch.chunks[0]):
+            part = here[start : start + sketch.chunks[0]]
+            if (part >= 0).any():
+                rows[part[part >= 0]] = sketch[start : start + len(part)][part >= 0]
+        found[here[here >= 0]] = True
+    if rows is None or not found.all():
+        missing = [] if rows is None else wanted.filter(pa.array(~found))[:1].to_pylist()
+        raise ArtifactError("examples are missing from the features", where=folder, value=missing)
+    return rows
+
+
 def _sketched_dots(queries: QuerySketches) -> Callable[[Any, slice], np.ndarray]:
     """Inner products from sketches, which are stored at unit length beside their norms."""
 
