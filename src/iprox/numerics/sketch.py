@@ -120,6 +120,7 @@ class CountSketch(Blockwise):
         return BLOCK_COORDINATES
 
     def add_block(self, layer: str, first_row: int, block: Tensor, into: Tensor) -> None:
+        """Add every coordinate, with its sign, to its bucket."""
         words = mix(self._counters(layer, first_row, block.shape[1]), layer_key(self.seed, layer))
         bucket = (_shifted(words, 33) * self.dim) >> 31  # 31 bits, scaled to 0 ... dim - 1
         sign = (words & 1).mul_(2).sub_(1)
@@ -157,6 +158,7 @@ class RandomProjection(Blockwise):
         return BLOCK_ENTRIES // self.dim
 
     def add_block(self, layer: str, first_row: int, block: Tensor, into: Tensor) -> None:
+        """Add the products with these coordinates' columns of ``P``."""
         counters = self._counters(layer, first_row, block.shape[1])
         draw = signs if self.distribution == "rademacher" else normals
         matrix = draw(counters, self.dim, layer_key(self.seed, layer))  # (coordinates, dim)
