@@ -142,6 +142,7 @@ def _taught(planner: RunPlanner, backbone: Node) -> dict[str, Node]:
     parents = {role: nodes[role] for role in ("teach", "heldout")}
     parents |= {"backbone": backbone, "pool": planner.pool}
     parents |= {f"sketches/{task}": node for task, node in sketches.items()}
+    nodes |= {f"sketches-{task}": node for task, node in sketches.items()}
     parents |= {f"task/{t.name}": planner.plan.shared[f"task-{t.name}"] for t in planner.tasks}
     params = {"encoder": planner.config.encoder.model_dump(exclude=NOT_TAUGHT)}
     label = f"{backbone.label}-{planner.label(nodes['model'])}"
