@@ -42,8 +42,14 @@ def main() -> None:
 
 def questions(data: Path, n_subjects: int, n_items: int) -> list[Item]:
     """Test questions of a few subjects, seeded, with their worked examples."""
-    keys = {"path": "mmlu/mmlu.parquet", "test": "mmlu/mmlu.parquet"}
-    section = TaskSection(name="mmlu", kind="mmlu", test_per_subtask=n_items, **keys)
+    section = TaskSection(
+        name="mmlu",
+        kind="mmlu",
+        path="mmlu/mmlu.parquet",
+        test="mmlu/mmlu.parquet",
+        test_per_subtask=n_items,
+        allow_contaminated=True,
+    )
     items = build_task(section, data).test
     subjects = sorted({item.subtask for item in items})
     chosen = np.random.default_rng(0).choice(subjects, n_subjects, replace=False)
@@ -62,7 +68,7 @@ def compare(lm: Any, items: list[Item], rounds: int) -> dict[str, float | int]:
 
     found: dict[str, list[float]] = {}
     window = lm.max_length
-    prepare = Preparation(lm.tokenizer, ChatSection(), EvaluateSection(), window, "mmlu")
+    prepare = Preparation(lm.tokenizer, ChatSection(), EvaluateSection(), window, None)
 
     def theirs() -> None:
         asked = [(item.messages[0]["content"], choice) for item in items for choice in item.choices]

@@ -301,7 +301,8 @@ def test_a_task_without_test_items_gives_no_metrics(
 
 def preparation(tokenizer: Any, limit: int, kind: str = "mmlu") -> evaluation.Preparation:
     chat, settings = ChatSection(max_length=limit), EvaluateSection(max_length=limit)
-    return evaluation.Preparation(tokenizer, chat, settings, 512, kind)
+    how = evaluation.generation_of({"kind": kind})
+    return evaluation.Preparation(tokenizer, chat, settings, 512, how)
 
 
 def test_plain_prompts_have_no_chat_template(tokenizer: Any) -> None:

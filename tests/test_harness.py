@@ -41,7 +41,7 @@ def data(tmp_path: Path) -> Path:
             "id": f"{subject}-{split}-{n}",
             "split": split,
             "subject": subject,
-            "question": f"Which number of {subject} comes after {n}?",
+            "question": f"Which number of {subject} comes after {n}?" + " Say." * (split == "test"),
             **{letter: str(n + i) for i, letter in enumerate("ABCD")},
             "answer": "BCDA"[n % 4],
         }
@@ -79,7 +79,8 @@ def test_rendered_prompts_are_pinned(kind: str, data: Path, tokenizer: Any) -> N
     """What the model reads, character by character; a change here changes results."""
     task = build_task(TaskSection(name=kind, kind=kind, **FILES[kind]), data)
     chat, settings = ChatSection(template="tulu"), EvaluateSection()
-    prepare = evaluation.Preparation(tokenizer, chat, settings, 100_000, kind)
+    how = evaluation.generation_of({"kind": kind})
+    prepare = evaluation.Preparation(tokenizer, chat, settings, 100_000, how)
     item = next(row for row in item_table(task).to_pylist() if row["kind"] != "loss")
     found = prepare(item)
     text = tokenizer.decode(found.prompt)

@@ -55,7 +55,7 @@ def question(subject: str, n: int, split: str = "dev", **changes: Any) -> dict[s
         "id": f"{subject}-{split}-{n}",
         "split": split,
         "subject": subject,
-        "question": f"What is {n}?",
+        "question": f"What is {n}?" if split == "dev" else f"What is {n}, again?",
         "A": "a0",
         "B": "None",
         "C": "c0",
@@ -322,6 +322,7 @@ def test_data_sets_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(pools, "load_hub", load)
     for kind in records:
         keys: dict[str, Any] = {"test_hub": {"name": f"x/{kind}", "split": "test"}}
+        keys["allow_contaminated"] = True
         if kind == "bbh":
             keys["prompts"] = "prompts.json"
         else:
@@ -552,7 +553,8 @@ def test_the_stage_writes_equal_bytes(questions: Path, tmp_path: Path) -> None:
     queries, test = (tmp_path / "one" / name for name in ("queries.parquet", "test.parquet"))
     assert pq.read_schema(queries).remove_metadata().equals(QUERY_SCHEMA)
     assert pq.read_schema(test).remove_metadata().equals(TEST_SCHEMA)
-    assert read_metadata(queries) == read_metadata(test) == metrics
+    assert read_metadata(queries) == read_metadata(test)
+    assert metrics == read_metadata(test) | {"n_contaminated": 0}
     assert metrics["source"] == "mmlu.jsonl"
     assert (metrics["n_queries"], metrics["n_test"], metrics["n_test_choice"]) == (6, 3, 3)
     rows = read_table(test)
@@ -638,7 +640,9 @@ def test_a_package_file_of_another_form_is_refused(tmp_path: Path, text: str) ->
 @pytest.mark.shared_data
 def test_real_mmlu(shared_data: Path) -> None:
     path = "mmlu/mmlu.parquet"
-    task = build(shared_data, "mmlu", path=path, test=path)
+    with pytest.raises(DataError, match="5 found"):
+        build(shared_data, "mmlu", path=path, test=path)
+    task = build(shared_data, "mmlu", path=path, test=path, allow_contaminated=True)
     assert set(Counter(q.subtask for q in task.queries).values()) == {5}
     assert len(task.queries) == 285
     assert len(task.test) == 14_042

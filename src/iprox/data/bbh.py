@@ -16,6 +16,7 @@ from iprox.data.items import (
     draw_test,
     exchange,
     file_rows,
+    recognise,
     row_id,
     shots_for,
     task_facts,
@@ -56,6 +57,10 @@ class Problem:
     question: str
     reasoning: str = ""
     target: str = ""
+
+    def shapes(self) -> tuple[str, ...]:
+        """The question, and with what the task asks."""
+        return self.question, f"{self.instruction}\n{self.question}"
 
 
 def bbh_item(problem: Problem, shots: Sequence[Problem], *, plain: bool = False) -> Item:
@@ -115,14 +120,15 @@ def build(section: TaskSection, data_dir: Path) -> Task:
         return bbh_item(problem, shots, plain=section.test_prompt == "benchmark")
 
     test = [query(p) for p in heldout]
+    drawn: list[Problem] = []
     if section.has_test:
         instructions = {p.subtask: p.instruction for p in development}
         problems = bbh_problems(_test_rows(section, instructions, data_dir), instructions)
-        tested = draw_test(section, problems, [*queries, *heldout], TESTED_PER_TASK)
-        test += [generated(p) for p in tested]
+        drawn = draw_test(section, problems, [*queries, *heldout], TESTED_PER_TASK)
+        test += [generated(p) for p in drawn]
     asked = [query(p) for p in queries]
     facts = task_facts(section, source, asked, test, standard_shots=N_WORKED)
-    return Task(asked, test, facts)
+    return Task(asked, test, facts, recognise(section, development, drawn))
 
 
 def _test_rows(section: TaskSection, tasks: Iterable[str], data_dir: Path) -> list[Row]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
+from iprox.data.contamination import Recognisable, Text, in_test, refuse, texts_of
 from iprox.data.pools import MESSAGES_TYPE, Message, Row, draw_key, explicit_id, hub_rows, read_rows
 from iprox.data.sources import data_path
 from iprox.errors import ConfigError, DataError
@@ -107,11 +108,13 @@ class Task:
         queries: What influence is measured on.
         test: What models are evaluated on; empty when nothing was held out.
         facts: Source and counts, for the tables' metadata.
+        texts: What its examples say, to find them elsewhere.
     """
 
     queries: list[Item]
     test: list[Item]
     facts: Facts = field(default_factory=dict)
+    texts: list[Text] = field(default_factory=list)
 
 
 def query_table(task: Task) -> pa.Table:
@@ -240,6 +243,21 @@ def shots_for(
             fix=f"lower {key} or heldout",
         )
     return others[: default if asked is None else asked]
+
+
+def recognise(
+    section: TaskSection, development: Sequence[Recognisable], test: Sequence[Recognisable]
+) -> list[Text]:
+    """What a task's examples say; none of the first may be among the second.
+
+    Raises:
+        DataError: Some are, and the config does not allow it.
+    """
+    texts = texts_of(development, test)
+    where, key = f"tasks.{section.name}", "allow_contaminated of the task"
+    place, allowed = "its test set", section.allow_contaminated
+    refuse(in_test(texts), where=where, place=place, allowed=allowed, key=key)
+    return texts
 
 
 def test_shots_for(

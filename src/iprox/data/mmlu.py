@@ -18,6 +18,7 @@ from iprox.data.items import (
     file_rows,
     needed,
     of_split,
+    recognise,
     refuse_prompts,
     row_id,
     shots_for,
@@ -46,6 +47,10 @@ class Question:
     question: str
     choices: tuple[str, ...]
     answer: str
+
+    def shapes(self) -> tuple[str, ...]:
+        """The question with its choices, and as a query asks it."""
+        return self.block().removesuffix("\nAnswer:"), mmlu_item(self, ()).messages[0]["content"]
 
     def block(self) -> str:
         """The question with its choices, up to ``Answer:``."""
@@ -112,13 +117,14 @@ def build(section: TaskSection, data_dir: Path) -> Task:
         return mmlu_item(question, shots, "choice", plain=section.test_prompt == "benchmark")
 
     test = [item(q) for q in heldout for item in (query, choice)]
+    drawn: list[Question] = []
     if section.has_test:
         questions = mmlu_questions(file_rows(section, "test", data_dir), "test")
-        tested = draw_test(section, questions, [*queries, *heldout])
-        test += [choice(q) for q in tested]
+        drawn = draw_test(section, questions, [*queries, *heldout])
+        test += [choice(q) for q in drawn]
     asked = [query(q) for q in queries]
     facts = task_facts(section, source, asked, test, dropped, standard_shots=TEST_SHOTS)
-    return Task(asked, test, facts)
+    return Task(asked, test, facts, recognise(section, development, drawn))
 
 
 def mmlu_questions(rows: Iterable[Row], split: str) -> list[Question]:

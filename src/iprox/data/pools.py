@@ -1,7 +1,7 @@
 """Candidate pools: files of several shapes read into one schema.
 
-Every candidate ends as ``example_id, source, category, messages, text_hash``. Records keep
-the file and line they came from until then, so that an error can say where it is.
+Every candidate ends as ``example_id, source, category, messages, text_hash, prompt_hash``. Records
+keep the file and line they came from until then, so that an error can say where it is.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ POOL_SCHEMA = pa.schema(
         ("category", pa.string()),
         ("messages", MESSAGES_TYPE),
         ("text_hash", pa.string()),
+        ("prompt_hash", pa.string()),
     ]
 )
 
@@ -181,6 +182,7 @@ def pool_table(pool: Pool) -> pa.Table:
             "category": c.category,
             "messages": list(c.messages),
             "text_hash": text_hash(c.messages),
+            "prompt_hash": text_hash(c.messages[:-1]) if len(c.messages) > 1 else "",
         }
         for c in pool.candidates
     ]

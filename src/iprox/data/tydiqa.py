@@ -15,6 +15,7 @@ from iprox.data.items import (
     exchange,
     file_rows,
     needed,
+    recognise,
     refuse_prompts,
     row_id,
     shots_for,
@@ -108,6 +109,10 @@ class PassageQuestion:
     question: str
     answers: tuple[str, ...]
 
+    def shapes(self) -> tuple[str, ...]:
+        """Passage and question, in either order."""
+        return f"{self.context}\n{self.question}", f"{self.question}\n{self.context}"
+
 
 def tydiqa_item(
     asked: PassageQuestion,
@@ -171,13 +176,14 @@ def build(section: TaskSection, data_dir: Path) -> Task:
         return tydiqa_item(asked, shots, kind, evaluated=section.test_prompt == "benchmark")
 
     test = [query(q) for q in heldout]
+    drawn: list[PassageQuestion] = []
     if section.has_test:
         questions = tydiqa_questions(file_rows(section, "test", data_dir))
         drawn = draw_test(section, questions, [*queries, *heldout], TESTED_PER_LANGUAGE)
         test += [tested(q, kind) for q in drawn for kind in ("loss", "generate")]
     asked = [query(q) for q in queries]
     facts = task_facts(section, development_source(section), asked, test, standard_shots=TEST_SHOTS)
-    return Task(asked, test, facts)
+    return Task(asked, test, facts, recognise(section, development, drawn))
 
 
 def tydiqa_questions(rows: Iterable[Row]) -> list[PassageQuestion]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from iprox.errors import ConfigError
 from iprox.plan.nodes import Node
+from iprox.plan.scorers import task_parents
 from iprox.study.schema import SelectSection
 from iprox.study.scorers import SCORERS
 
@@ -26,7 +27,7 @@ def selection_node(planner: RunPlanner, ranking: Node) -> Node:
     """
     section = planner.config.select
     _check(section, f"runs.{planner.run.name}")
-    parents = {"pool": planner.pool, "ranking": ranking}
+    parents = {"pool": planner.pool, "ranking": ranking, **task_parents(planner)}
     if section.method != "top":
         parents["features"] = _features(ranking, section.method, f"runs.{planner.run.name}")
     size = f"{section.fraction:g}" if section.count is None else f"{section.count}"
@@ -55,7 +56,7 @@ def n_selected(selection: Node, examples: int) -> int:
 
 def _settings(section: SelectSection) -> dict[str, Any]:
     """The keys that decide what is chosen."""
-    keys = {"fraction", "count", "tasks", "method", "duplicates", "quotas"}
+    keys = {"fraction", "count", "tasks", "method", "duplicates", "quotas", "allow_contaminated"}
     if section.tasks == "union":
         keys |= {"calibrate"}
     if section.method == "threshold":

@@ -24,13 +24,13 @@ CHARACTERS_PER_TOKEN = 4
 SUPERVISED = 0.5
 """Share of an example's tokens with a loss when nothing has been counted."""
 
-QUERIES = {"mmlu": 285, "bbh": 81, "tydiqa": 9, "messages": 50}
+QUERIES = {"mmlu": 285, "bbh": 81, "tydiqa": 9, "messages": 50, "custom": 50}
 """Development examples per kind of task: those LESS uses (arXiv:2402.04333, Table 1)."""
 
-QUERY_TOKENS = {"mmlu": 150, "bbh": 800, "tydiqa": 400, "messages": TOKENS}
-SUBTASKS = {"mmlu": 57, "bbh": 27, "tydiqa": 9, "messages": 1}
-TEST_ITEMS = {"mmlu": 14_042, "bbh": 1_080, "tydiqa": 1_713, "messages": 200}
-TEST_TOKENS = {"mmlu": 250, "bbh": 1_200, "tydiqa": 700, "messages": TOKENS}
+QUERY_TOKENS = {"mmlu": 150, "bbh": 800, "tydiqa": 400, "messages": TOKENS, "custom": TOKENS}
+SUBTASKS = {"mmlu": 57, "bbh": 27, "tydiqa": 9, "messages": 1, "custom": 1}
+TEST_ITEMS = {"mmlu": 14_042, "bbh": 1_080, "tydiqa": 1_713, "messages": 200, "custom": 200}
+TEST_TOKENS = {"mmlu": 250, "bbh": 1_200, "tydiqa": 700, "messages": TOKENS, "custom": TOKENS}
 """Of MMLU without the worked examples: they are read once for a subject."""
 
 

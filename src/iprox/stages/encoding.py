@@ -45,8 +45,8 @@ class EncoderTexts:
     def take(self, places: Sequence[int]) -> EncoderTexts:
         """Some of them, in the order given."""
         subtasks = [self.subtasks[i] for i in places] if self.subtasks else []
-        chosen = ([one[i] for i in places] for one in (self.ids, self.texts, self.hashes))
-        return EncoderTexts(*chosen, subtasks)
+        ids, texts, hashes = ([x[i] for i in places] for x in (self.ids, self.texts, self.hashes))
+        return EncoderTexts(ids, texts, hashes, subtasks)
 
 
 class Embedded(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,6 +90,20 @@ GENERATION = {
 }
 
 
+def generation_of(facts: Mapping[str, Any]) -> Generation | None:
+    """How a task's answers are generated; None where nothing says so.
+
+    Args:
+        facts: Metadata of ``test.parquet``: the task's kind; of kind custom also ``until`` and
+            ``max_new_tokens``.
+    """
+    if "until" not in facts:
+        return GENERATION.get(str(facts.get("kind")))
+    stop = tuple(json.loads(facts["until"]))
+    new = int(facts["max_new_tokens"])
+    return Generation(new, stop, str.strip, metrics.exact_match, f1=metrics.squad_f1)
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A test item as tokens.
@@ -140,14 +154,14 @@ def make(job: Job) -> Metrics:
     settings, chat = job.section(EvaluateSection, "evaluate"), job.section(ChatSection, "chat")
     compute, folder = job.params["compute"], job.parents["model"]
     test = job.parents["task"] / "test.parquet"
-    rows, task_kind = read_arrow(test).to_pylist(), str(read_metadata(test).get("kind"))
+    rows, how = read_arrow(test).to_pylist(), generation_of(read_metadata(test))
     if not rows:
         log.warning("%s has no test items: set heldout or test of the task", test)
     model = load_model(folder, dtype_of(compute["dtype"]), compute["attention"], pick_device())
     lm = harness(model, load_tokenizer(folder))
-    prepare = Preparation(lm.tokenizer, chat, settings, lm.max_length, task_kind)
+    prepare = Preparation(lm.tokenizer, chat, settings, lm.max_length, how)
     prepared = [prepare(row) for row in rows]
-    results = evaluate(lm, prepared, task_kind)
+    results = evaluate(lm, prepared, how)
     items = pa.Table.from_pylist(results, schema=ITEM_SCHEMA)
     write_table(job.out / "items.parquet", items, job.params["evaluate"])
     summary = summarise(items.to_pandas(), settings)
@@ -166,14 +180,14 @@ class Preparation:
         chat: Template, and length limit of losses, the same as for influence queries.
         settings: Whether answers are wanted, and the length limit of their prompts.
         window: Tokens the model can see.
-        task_kind: The task's kind, which decides how answers are generated.
+        how: How the task's answers are generated; None when nothing says so.
     """
 
     tokenizer: Any
     chat: ChatSection
     settings: EvaluateSection
     window: int
-    task_kind: str
+    how: Generation | None
 
     def __call__(self, row: Row) -> Prepared:
         """One item, with as many of its worked examples as fit.
@@ -223,12 +237,11 @@ class Preparation:
             )
         if kind == "generate" and not any(answer.strip() for answer in row["answers"]):
             raise DataError("a test item has no answer", where=where, value=row["answers"])
-        if kind == "generate" and self.task_kind not in GENERATION:
+        if kind == "generate" and self.how is None:
             raise DataError(
                 "nothing says how answers of this kind of task are generated",
                 where=where,
-                value=self.task_kind,
-                allowed=", ".join(GENERATION),
+                allowed=f"kind {', '.join(GENERATION)}, or custom",
             )
 
     def _cut_passages(self, row: Row) -> tuple[Row, int]:
@@ -290,8 +303,8 @@ class Preparation:
         return Prepared(row, prompt, completions)
 
     def _generate(self, row: Row, prompt: list[int]) -> Prepared:
-        how = GENERATION[self.task_kind]
-        room = min(self.settings.max_length, self.window - how.max_new_tokens)
+        new = self.how.max_new_tokens if self.how else 0
+        room = min(self.settings.max_length, self.window - new)
         return Prepared(row, prompt, not_run="" if len(prompt) <= room else self._too_long(room))
 
     @staticmethod
@@ -309,13 +322,13 @@ def _with_shots(row: Row, n: int) -> Row:
     return row | {"messages": [first | {"content": text}, *rest], "shots": shots[:n]}
 
 
-def evaluate(lm: Any, prepared: Sequence[Prepared], task_kind: str) -> list[Row]:
+def evaluate(lm: Any, prepared: Sequence[Prepared], how: Generation | None) -> list[Row]:
     """Rows of ``items.parquet``, in the order of the items.
 
     Args:
         lm: From :func:`iprox.evaluation.likelihood.harness`.
         prepared: The items.
-        task_kind: Which of ``GENERATION`` applies.
+        how: How answers are generated, where some are.
     """
     rows = [_blank(item) for item in prepared]
     runnable = [i for i, item in enumerate(prepared) if not item.not_run]
@@ -328,8 +341,7 @@ def evaluate(lm: Any, prepared: Sequence[Prepared], task_kind: str) -> list[Row]
             values = [next(likelihoods) for _ in prepared[i].completions]
             judge = _judge_loss if prepared[i].row["kind"] == "loss" else _judge_choice
             rows[i] |= judge(prepared[i], values)
-        if asked:
-            how = GENERATION[task_kind]
+        if asked and how is not None:
             contexts = [prepared[i].prompt for i in asked]
             texts = generations(lm, contexts, how.stop, how.max_new_tokens, progress.advance)
             for i, text in zip(asked, texts, strict=True):

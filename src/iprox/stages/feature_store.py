@@ -244,7 +244,7 @@ def open_scored(job: Job, role: str, queries: str) -> FeatureStore:
         ArtifactError: The features are of other settings than the job's, or not of one kind.
     """
     folders = job.roles(queries)
-    sketches = None
+    sketches: QuerySketches | None = None
     if folders and all((folder / ROWS).is_dir() for folder in folders.values()):
         from iprox.stages.query_rows import mean_rows
 

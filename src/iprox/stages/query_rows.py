@@ -103,9 +103,9 @@ def mean_rows(folders: Mapping[str, Path], by_subtask: bool) -> MeanRows:
             raise ArtifactError(
                 "the queries of two tasks were made with different settings", where=f"task {task}"
             )
-    for task, found in tasks.items():
-        groups = np.array(found.subtasks if by_subtask else [task] * len(found.ids))
+    for task, queries in tasks.items():
+        groups = np.array(queries.subtasks if by_subtask else [task] * len(queries.ids))
         for group in sorted(set(groups.tolist())):
             columns.append(f"{task}/{group}" if by_subtask else task)
-            means.append(found.rows[groups == group].mean(0, dtype=np.float64))
+            means.append(queries.rows[groups == group].mean(0, dtype=np.float64))
     return MeanRows(columns, np.stack(means).astype(np.float32), about[0])

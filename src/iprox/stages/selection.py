@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from iprox.data.contamination import in_pool, pair_table, refuse
 from iprox.errors import ArtifactError, DataError
 from iprox.stages.subsets import choose, is_plain
 from iprox.store.job import Job, Metrics
@@ -44,7 +45,8 @@ def make(job: Job) -> Metrics:
     ``selection.parquet`` has a row per task and selected example: example_id, task, rank,
     score and the reason in words, best first. ``selected.jsonl`` holds every selected example
     once, a line each: example_id, tasks (that chose it), messages, source, category;
-    ``selected/<task>.jsonl`` those of one task.
+    ``selected/<task>.jsonl`` those of one task. ``contaminated.parquet`` lists examples of the
+    tasks that also stand in the pool.
 
     Returns:
         Numbers of pool examples, examples kept (per task, unless tasks choose together),
@@ -52,10 +54,12 @@ def make(job: Job) -> Metrics:
 
     Raises:
         DataError: The fraction keeps nothing, fewer examples have a score or pass than are to be
-            kept, or a quota is of a category that no example has.
+            kept, a quota is of a category that no example has, or an example of a
+            task also stands in the pool.
         ArtifactError: Ranking and pool do not hold the same examples.
     """
     section = job.section(SelectSection, "select")
+    contaminated = _check_contamination(job, section.allow_contaminated)
     ranking_file = job.parents["ranking"] / "ranking.parquet"
     n_examples = count_rows(_pool_file(job))
     keep = n_selected(section.fraction, n_examples)
@@ -77,8 +81,30 @@ def make(job: Job) -> Metrics:
         "selected_per_task": keep,
         "selected_distinct": int(table["example_id"].nunique()),
         "without_score": max(t.ranked - t.scored for t in tally.values()),
+        "contaminated": contaminated,
         **{f"passed_over_{reason}": n for reason, n in sorted(refused.items())},
     }
+
+
+def _check_contamination(job: Job, allowed: bool) -> int:
+    """Write ``contaminated.parquet``: examples of the tasks that also stand in the pool.
+
+    Returns:
+        The number of pool examples concerned.
+
+    Raises:
+        DataError: There are some, and they are not allowed.
+    """
+    found: list[tuple[str, str, str]] = []
+    for role, folder in sorted(job.parents.items()):
+        if role.startswith("task/"):
+            pool = read_batches(_pool_file(job), ["example_id", "text_hash", "prompt_hash"])
+            pairs = list(in_pool(read_arrow(folder / "texts.parquet"), pool))
+            key = "select.allow_contaminated"
+            refuse(pairs, where=role, place="the pool", allowed=allowed, key=key)
+            found += pairs
+    write_table(job.out / "contaminated.parquet", pair_table(found))
+    return len({pool_id for _, _, pool_id in found})
 
 
 def n_selected(fraction: float, n_examples: int) -> int:

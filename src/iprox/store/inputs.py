@@ -17,7 +17,7 @@ MAX_PART = 255
 
 PATH_KEYS = {
     "pool": ("path",),
-    "task": ("path", "prompts", "test"),
+    "task": ("path", "prompts", "test", "yaml"),
     "target": ("model",),
     "encoder": ("model",),
 }

@@ -121,7 +121,7 @@ class TaskSection(Section):
     """A benchmark: its development examples are the queries that influence is measured on."""
 
     name: Name = Field(description="The task's name in tables and file names.")
-    kind: Literal["mmlu", "bbh", "tydiqa", "messages"] = Field(
+    kind: Literal["mmlu", "bbh", "tydiqa", "messages", "custom"] = Field(
         description="How records become queries and test items."
     )
     path: str | None = Field(
@@ -133,6 +133,11 @@ class TaskSection(Section):
         None, description="Development examples from the hub instead: a data set and its split."
     )
     prompts: str | None = Field(None, description="bbh only: JSON file of 3-shot prompts by task.")
+    yaml: str | None = Field(
+        None,
+        description="custom only: task file of the Language Model Evaluation Harness below "
+        "data_dir, which says how records are asked and answered.",
+    )
     test: str | None = Field(
         None,
         description="File of test items below data_dir; absent: held-out development examples.",
@@ -174,6 +179,9 @@ class TaskSection(Section):
         gt=0,
         description="Test items of a subtask, at most (seeded); absent: 40 for bbh, 200 for "
         "tydiqa, else all.",
+    )
+    allow_contaminated: bool = Field(
+        False, description="Go on when development examples are also test items; listed either way."
     )
     seed: int = Field(0, description="Seed of all draws of this task.")
 
@@ -749,6 +757,10 @@ class SelectSection(Section):
     )
     seed: int = Field(
         0, description="Seed of the parts that a large shortlist is cut into: 8192 examples each."
+    )
+    allow_contaminated: bool = Field(
+        False,
+        description="Go on when examples of a task also stand in the pool; listed either way.",
     )
 
 
