@@ -29,6 +29,7 @@ from iprox.errors import ConfigError, DataError, NumericsError, shorten
 from iprox.models.device import dtype_of, make_deterministic, pick_device
 from iprox.models.flops import load_of, network_of
 from iprox.models.load import load_model, load_tokenizer
+from iprox.models.moments import save_moments
 from iprox.numerics import flops
 from iprox.progress import Track, track
 from iprox.store.tables import write_table
@@ -119,6 +120,7 @@ def train_folder(
     attention: str,
     label: str,
     keep_epochs: bool = False,
+    keep_moments: bool = False,
 ) -> dict[str, int | float]:
     """Fine-tune a saved model and save the result, with ``log.parquet`` beside it.
 
@@ -135,6 +137,7 @@ def train_folder(
         label: What the progress display says.
         keep_epochs: Also write the float32 weights at the end of every epoch but the last, as
             :func:`epoch_folder`, and the epochs' learning rates as ``epochs.parquet``.
+        keep_moments: Also write Adam's moments after the last step.
 
     Returns:
         Metrics of the run: steps, tokens, FLOPs, losses.
@@ -158,6 +161,9 @@ def train_folder(
             label=label,
             at_epoch_end=(lambda n: model.save_pretrained(epoch_folder(out, n)))
             if keep_epochs
+            else None,
+            at_end=(lambda optimizer: save_moments(out, model, optimizer))
+            if keep_moments
             else None,
         )
         rows, metrics = training.log, training.metrics()
@@ -197,6 +203,7 @@ def fine_tune(
     micro_batch: int | None = None,
     label: str = "fine-tuning",
     at_epoch_end: Callable[[int], object] | None = None,
+    at_end: Callable[[Any], object] | None = None,
 ) -> Training:
     """Train a causal LM in place on tokenised examples.
 
@@ -213,6 +220,7 @@ def fine_tune(
             when absent.
         label: What the progress display says.
         at_epoch_end: Called at the end of every epoch but the last with its number, from 1.
+        at_end: Called after the last step with the optimizer.
 
     Raises:
         DataError: There are no examples, or one has nothing to learn.
@@ -244,6 +252,8 @@ def fine_tune(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        if at_end is not None:
+            at_end(trainer.optimizer)
     model.config.use_cache = use_cache  # Trainer turns it off, and it would be saved so
     model.requires_grad_(False).eval()
     load = load_of(examples).times(settings.epochs)
