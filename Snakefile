@@ -47,7 +47,6 @@ localrules:
     report,
     study_index,
     split,
-    ranking,
     selection,
     fidelity,
     features,

@@ -10,6 +10,7 @@ is not finished.
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import logging
@@ -52,6 +53,7 @@ Make = Callable[[Job], Metrics]
 
 NUMERIC_LIBRARIES = ("torch", "transformers", "numpy", "tokenizers")
 SHARD = "shard.zarr"
+READ_ONLY = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
 RATE = "_per_s"
 """How the names of metrics end that are rates."""
 
@@ -235,12 +237,23 @@ def _own_files(folder: Path, request: Request) -> list[str]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Hard-link a file into place, read-only, with a new time so that it counts as made now."""
+    """Hard-link a file into place, read-only, with a new time so that it counts as made now.
+
+    A store shared between users or file systems holds files that cannot be linked: those of
+    another owner (Linux refuses that, `fs.protected_hardlinks`) or device. They are copied.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    os.link(source, target)
-    source.chmod(stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
-    os.utime(target)
+    try:
+        os.link(source, target)
+        target.chmod(READ_ONLY)
+        os.utime(target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EACCES, errno.EXDEV):
+            raise
+        target.unlink(missing_ok=True)
+        shutil.copyfile(source, target)
+        target.chmod(READ_ONLY)
 
 
 def _write(path: Path, text: str) -> None:
