@@ -145,11 +145,11 @@ def test_files_of_an_older_result_do_not_stay(tmp_path: Path) -> None:
     assert not stray.exists()
 
 
-def test_outputs_are_read_only_and_share_the_stores_bytes(tmp_path: Path) -> None:
+def test_outputs_are_their_owners_and_share_the_stores_bytes(tmp_path: Path) -> None:
     ask = request(tmp_path)
     run_stage(Stage(), ask)
     stat = (ask.folder / "b.txt").stat()
-    assert stat.st_mode & 0o222 == 0
+    assert stat.st_mode & 0o777 == 0o644
     assert stat.st_nlink == 2
 
 
@@ -165,7 +165,7 @@ def test_a_store_of_another_user_or_disk_is_copied_from(
     assert check(folder).files.keys() == {"b.txt", "deep/a.txt"}
     for name in ("b.txt", "deep/a.txt"):
         assert (folder / name).stat().st_nlink == 1
-        assert not (folder / name).stat().st_mode & 0o222
+        assert (folder / name).stat().st_mode & 0o777 == 0o644
 
 
 def test_a_full_disk_is_not_taken_for_another_disk(

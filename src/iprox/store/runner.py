@@ -53,7 +53,10 @@ Make = Callable[[Job], Metrics]
 
 NUMERIC_LIBRARIES = ("torch", "transformers", "numpy", "tokenizers")
 SHARD = "shard.zarr"
-READ_ONLY = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
+OWNER_WRITES = stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP | stat.S_IROTH
+"""Mode of outputs. Snakemake refuses to rerun a job whose outputs their owner cannot write to; what
+is edited in place all the same is found by its digest before it is used."""
+
 RATE = "_per_s"
 """How the names of metrics end that are rates."""
 
@@ -237,7 +240,7 @@ def _own_files(folder: Path, request: Request) -> list[str]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Hard-link a file into place, read-only, with a new time so that it counts as made now.
+    """Hard-link a file into place with a new time, so that it counts as made now.
 
     A store shared between users or file systems holds files that cannot be linked: those of
     another owner (Linux refuses that, `fs.protected_hardlinks`) or device. They are copied.
@@ -246,14 +249,14 @@ def _link(source: Path, target: Path) -> None:
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)
-        target.chmod(READ_ONLY)
+        target.chmod(OWNER_WRITES)
         os.utime(target)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EACCES, errno.EXDEV):
             raise
         target.unlink(missing_ok=True)
         shutil.copyfile(source, target)
-        target.chmod(READ_ONLY)
+        target.chmod(OWNER_WRITES)
 
 
 def _write(path: Path, text: str) -> None:
