@@ -53,7 +53,6 @@ localrules:
     report,
     study_index,
     split,
-    ranking,
     selection,
     fidelity,
     features,
