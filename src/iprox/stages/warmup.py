@@ -41,5 +41,7 @@ def make(job: Job) -> Metrics:
         attention=job.params["compute"]["attention"],
         label="warm-up",
         keep_epochs="epochs" in job.params,
+        # Weights of earlier epochs lie in the folder that a killed job loses.
+        progress=None if "epochs" in job.params else job.progress,
     )
     return {**metrics, **usage(encoded, examples)}
