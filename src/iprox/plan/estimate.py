@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from iprox.numerics import flops
@@ -24,6 +24,7 @@ from iprox.numerics.ranks import (
     model_size,
     rank_for,
 )
+from iprox.plan.encoders import encoder_need
 from iprox.plan.nodes import Node
 from iprox.plan.selection import is_per_task, n_selected
 from iprox.plan.volumes import Texts, Volumes
@@ -61,6 +62,9 @@ AUTO_SPARSITY = 0.5
 
 SEARCHED = 4
 """Proxies that a search over nine sparsities scores at most."""
+
+ENCODERS = ("backbone", "encoder", "embeddings", "query_embeddings")
+"""Stages of text encoders."""
 
 LAYER_DOTS_BYTES = 64 * 2**20
 """Inner products are kept layer by layer up to this size."""
@@ -124,6 +128,8 @@ class Estimator:
             "eigenvalues": self._eigenvalues,
             "direction": self._direction,
             "features": self._features,
+            "query_sketches": self._query_sketches,
+            **dict.fromkeys(ENCODERS, partial(encoder_need, self)),
             "ranking": self._ranking,
             "selection": self._selection,
             "finetune": self._finetune,
@@ -498,6 +504,18 @@ class Estimator:
             tokens=texts.n * texts.tokens,
         )
 
+    def _query_sketches(self, node: Node) -> Need:
+        net = self.network(node.parents["model"], node.params["layers"])
+        texts = self.volumes.queries(node, node.parents["task"])
+        element = BYTES[node.params["compute"]["dtype"]]
+        dim = node.params["features"].get("dim", 0)
+        return Need(
+            flops=flops.features(net, _load(texts), 0),
+            memory=self._pass_memory(net, texts, element),
+            disk=texts.n * 4 * dim,
+            tokens=texts.n * texts.tokens,
+        )
+
     def _search(self, node: Node) -> Need:
         """Scoring the slice with some proxies in turn, beside the target they are made of."""
         target, pool = node.parents["target"], node.parents["pool"]
@@ -615,6 +633,10 @@ def needs_model(node: Node) -> bool:
         "covariance",
         "eigenvalues",
         "features",
+        "query_sketches",
+        "encoder",
+        "embeddings",
+        "query_embeddings",
         "sparsity",
         "finetune",
         "evaluation",

@@ -114,6 +114,10 @@ class Volumes:
         self._said(label, n, f"of {tokens:.0f} tokens each, {source}")
         return Texts(n, tokens, share)
 
+    def kind_queries(self, kind: str) -> int:
+        """Development examples of a kind of task, when a study does not say how many."""
+        return QUERIES[kind]
+
     def groups(self, query: Node) -> int:
         """Query gradients of a task: one, or one for each of its subtasks.
 

@@ -25,6 +25,13 @@ BLOCK_ROWS = 2**20
 """Examples that are in memory at once."""
 
 EXACT = "exact"
+
+EMBEDDING = "embedding"
+"""What shards of text embeddings say they are, where sketches of gradients name their map."""
+
+ROWS = "rows.zarr"
+"""Store with a row for each query of a task."""
+
 PER_EXAMPLE = ("example_id", "dots", "norms", "loss", "tokens", "supervised")
 
 
@@ -169,6 +176,11 @@ class FeatureStore:
     query_norms: np.ndarray
     dots: Callable[[Any, slice], np.ndarray]
 
+    @property
+    def has_losses(self) -> bool:
+        """Whether the examples passed a model that gives them a loss."""
+        return all(shard.attrs.get("kind") != EMBEDDING for _, shard in self.shards)
+
     def blocks(self) -> Iterator[Features]:
         """The examples in ascending order of their ids, at most ``BLOCK_ROWS`` at a time.
 
@@ -221,6 +233,8 @@ class FeatureStore:
 def open_scored(job: Job, role: str, queries: str) -> FeatureStore:
     """Open a parent's features; when they are sketches, sketch its query gradients too.
 
+    Of queries that come as a row each, sketches or embeddings, means are taken.
+
     Args:
         job: Has the section ``features`` when there are sketches among its parents.
         role: Role of the parent.
@@ -230,8 +244,13 @@ def open_scored(job: Job, role: str, queries: str) -> FeatureStore:
         ArtifactError: The features are of other settings than the job's, or not of one kind.
     """
     folders = job.roles(queries)
-    sketches = None
-    if folders:
+    sketches: QuerySketches | None = None
+    if folders and all((folder / ROWS).is_dir() for folder in folders.values()):
+        from iprox.stages.query_rows import mean_rows
+
+        by_subtask = job.params["influence"]["val_agg"] == "subtask_max"
+        sketches = mean_rows(folders, by_subtask)
+    elif folders:
         from iprox.stages.sketches import query_sketches
 
         sketches = query_sketches(folders, job.section(FeaturesSection, "features"))

@@ -223,6 +223,11 @@ class SplitSection(Section):
     fisher: Size = Field(
         1024, description="Examples that curvature is fitted on; read by kfac, ekfac and datainf."
     )
+    teach: Size = Field(
+        0.2,
+        description="Examples a teacher labels for scorers that learn; none is in the fidelity "
+        "slice, by id or by text.",
+    )
     seed: int = Field(0, description="Seed of all splits; each split is an independent draw.")
 
 
@@ -541,16 +546,19 @@ class FinetunedSection(Section):
 class FeaturesSection(Section):
     """What is kept of every pool example's gradient."""
 
-    kind: Literal["exact", "countsketch", "logra", "random"] = Field(
+    kind: Literal["exact", "countsketch", "lora", "logra", "random"] = Field(
         "exact",
         description="Exact inner products with the tasks' gradients (nothing of the gradient is "
         "kept, a new task costs a pass), or a sketch of the gradient, which any later task is "
-        "compared with: a count sketch, low-rank features of each layer (LoGRA), or a random "
-        "projection.",
+        "compared with: a count sketch, of the gradient or (faster) of a fresh LoRA's as "
+        "Influcoder takes it, low-rank features of each layer (LoGRA), or a random projection.",
     )
-    dim: int = Field(8192, ge=1, description="countsketch, random: numbers kept per example.")
+    dim: int = Field(8192, ge=1, description="countsketch, lora, random: numbers per example.")
     rank: int = Field(
-        16, ge=1, description="logra: rank on each side; rank * rank numbers per layer and example."
+        16,
+        ge=1,
+        description="logra: rank on each side; rank * rank numbers per layer and example. "
+        "lora: rank of the adapters.",
     )
     distribution: Literal["rademacher", "gaussian"] = Field(
         "rademacher", description="random: entries of the projection."
@@ -571,10 +579,12 @@ class ScorerSection(Section):
 
     kind: ScorerName = Field(
         "gradient",
-        description="Gradient influence through the proxy; or random order, length of the "
-        "response, similarity of words to the queries (TF-IDF, BM25), importance of n-grams "
-        "(DSIR); or, of the warmed-up target, similarity of hidden states (RepSim), the "
-        "response's perplexity, or how little its prompt helps it (IFD).",
+        description="Gradient influence through the proxy; a text encoder that learns it from the "
+        "teach split (influcoder), or a linear function of its embeddings that does (regression); "
+        "or random order, length of the response, similarity of "
+        "words to the queries (TF-IDF, BM25), importance of n-grams (DSIR); or, of the warmed-up "
+        "target, similarity of hidden states (RepSim), the response's perplexity, or how little "
+        "its prompt helps it (IFD).",
     )
     prefer: Literal["high", "low", "middle"] = Field(
         "high", description="length, perplexity, ifd: which values rank first."
@@ -599,10 +609,76 @@ class ScorerSection(Section):
         description="repsim: hidden state of the last token (RDS), or their mean, later tokens "
         "weighing more (RDS+).",
     )
+    fit: Literal["ridge", "adam"] = Field(
+        "ridge",
+        description="regression: closed form, the penalty chosen by leaving one out; or, as "
+        "published, a few passes of Adam, which hardly move the weights.",
+    )
     draws: int = Field(
         1, ge=1, le=1000, description="random: number of independent draws, a run each."
     )
     seed: int = Field(0, description="random: seed of the first draw; dsir: of its draw.")
+
+
+class EncoderSection(Section):
+    """The text encoder of scorers that learn: which one, what it sees, and how it is taught."""
+
+    model: str = Field(
+        "minilm-l6",
+        description="minilm-l6 (all-MiniLM-L6-v2, from a pinned package), a hub name, or a folder "
+        "relative to data_dir, such as an encoder that an earlier study trained.",
+    )
+    revision: str | None = Field(None, description="Hub commit or tag.")
+    train: bool = Field(
+        True,
+        description="influcoder: teach the encoder the teacher's scores; false: use it as it is, "
+        "which needs no teacher.",
+    )
+    max_length: int = Field(
+        256, ge=8, description="Tokens of a text that it sees; longer ones lose their beginning."
+    )
+    max_cut: float = Field(
+        0.2, ge=0, le=1, description="Stop when a larger share of texts than this is cut."
+    )
+    instruction: str = Field(
+        "Find examples that teach this: ", description="Put before a query's text."
+    )
+    queries: int = Field(8, ge=1, description="Queries of a training block.")
+    candidates: int = Field(16, ge=2, description="Candidates of a training block.")
+    hard_ratio: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of a block's candidates taken from those its queries score highest.",
+    )
+    alpha: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Weight of the correlation with the teacher's scores; the rest is that of the "
+        "divergence of each query's distribution over candidates.",
+    )
+    temperature: float = Field(0.05, gt=0, description="Temperature of these distributions.")
+    epochs: int = Field(
+        8, gt=0, description="Passes over the labelled candidates and, at least, all queries."
+    )
+    lr: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay.")
+    lr_warmup: float = Field(
+        0.1, ge=0, lt=1, description="Share of steps with rising learning rate."
+    )
+    heldout: Fraction = Field(
+        0.2, description="Share of each task's queries the encoder is judged on and never sees."
+    )
+    validation: Fraction = Field(
+        0.1, description="Share of the labelled candidates kept to choose an epoch by."
+    )
+    select_by: Literal["validation", "last"] = Field(
+        "validation",
+        description="Keep the epoch that agrees best on the validation candidates "
+        "(the untrained encoder included), or the last.",
+    )
+    seed: int = Field(0, description="Seed of blocks, of dropout and of what is held out.")
 
 
 class FidelitySection(Section):
@@ -810,6 +886,7 @@ class RunConfig(Section):
     curvature: CurvatureSection = CurvatureSection()
     features: FeaturesSection = FeaturesSection()
     scorer: ScorerSection = ScorerSection()
+    encoder: EncoderSection = EncoderSection()
     fidelity: FidelitySection = FidelitySection()
     select: SelectSection = SelectSection()
     finetune: FinetuneSection = FinetuneSection()
