@@ -375,9 +375,10 @@ def test_the_table_has_every_run_and_what_proxies_keep(
 def test_a_run_that_the_tiny_model_cannot_follow_is_named(run: dict[str, Any], key: str) -> None:
     path = ROOT / "config" / "small" / "faithfulness.yaml"
     check_judged(plan_study(load_study([path])))
+    extra = {"finetuned": {"pool": {"name": "alpaca-demo"}}, "runs": {"mine": run}}
+    plan = plan_study(load_study([path], extra))
     with pytest.raises(ConfigError, match=f"runs.mine: {key}"):
-        extra = {"finetuned": {"pool": {"name": "alpaca-demo"}}, "runs": {"mine": run}}
-        check_judged(plan_study(load_study([path], extra)))
+        check_judged(plan)
 
 
 def test_the_plan_shares_the_studys_pool_and_changes_none_of_its_stages() -> None:
