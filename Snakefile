@@ -9,6 +9,8 @@ The order of a study, a rule each; every arrow is a file:
     for second-order influence, between query and features: covariance (shards) ─> curvature
       ─> eigenvalues (shards) ─> direction; for influence across two trainings also of the model
       of a second warmup, on a pool of its own
+    for a scorer that learns: query_sketches and features of a slice ─> encoder (from backbone)
+      ─> embeddings (shards), query_embeddings ─> ranking
 
 Where influence is summed over checkpoints, checkpoint takes the weights of each earlier epoch out of
 warmup, and what follows it, up to features, is done at each of them.
@@ -37,6 +39,7 @@ include: "workflow/rules/inputs.smk"
 include: "workflow/rules/proxy.smk"
 include: "workflow/rules/curvature.smk"
 include: "workflow/rules/influence.smk"
+include: "workflow/rules/encoder.smk"
 include: "workflow/rules/outcome.smk"
 include: "workflow/rules/papers.smk"
 
@@ -57,6 +60,7 @@ localrules:
     selection,
     fidelity,
     features,
+    embeddings,
     covariance,
     eigenvalues,
 

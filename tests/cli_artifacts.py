@@ -331,7 +331,9 @@ def write_selection(folder: Path) -> None:
 
 def evaluation_writer(loss: float) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
-        table = pd.DataFrame({"example_id": ["t0", "t1"], "loss": [loss, loss]})
+        table = pd.DataFrame(
+            {"example_id": ["t0", "t1"], "kind": ["loss", "loss"], "loss": [loss, loss]}
+        )
         write_table(folder / "items.parquet", table)
         metrics = {
             "loss": {"value": loss, "low": loss - 1, "high": loss + 1, "n": 2},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from iprox.cli import planning
 from iprox.cli.gc import find_garbage
 from iprox.cli.main import app
 from iprox.plan.index import write_index
 from iprox.plan.nodes import Plan
 from iprox.plan.plan import plan_study
+from iprox.store import runner
 from iprox.store.job import Job, Metrics
 from iprox.store.manifest import check
 from iprox.store.runner import Request, run_stage
@@ -53,7 +56,7 @@ def _finish(node: Any, root: Path) -> None:
         parents = {role: root / parent.folder for role, parent in node.parents.items()}
         store = root / "results" / ".objects"
         request = Request(node.spec, "c", parents, root / node.folder, store, root)
-        (root / "pool.jsonl").touch()
+        (root / "pool.jsonl").write_text("{}")
         run_stage(make, request)
         log = root / "results" / "logs" / node.stage / f"{node.id}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +139,24 @@ def test_leftovers_of_killed_jobs_are_found_and_freed_bytes_are_counted(two_stud
     described = sum(p.stat().st_size for p in old.glob("*.json"))
     kept = sum(p.stat().st_size for p in found.objects[0].glob("*.json"))
     assert found.freed == 1000 + content + described + kept
+
+
+def test_a_changed_package_version_is_reported_and_computed_anew(
+    two_studies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned("one", fraction=0.1)
+    node = plan.runs["r"].nodes["selection"]
+    (two_studies / "one.yaml").write_text(yaml.safe_dump(body("one", fraction=0.1)))
+    assert "another version" not in CliRunner().invoke(app, ["plan", "one.yaml"]).output
+    before = len(list(two_studies.glob("results/.objects/*/*")))
+    newer = runner.versions(runner.NUMERIC_LIBRARIES) | {"torch": "99.0.0"}
+    for module in (runner, planning):
+        monkeypatch.setattr(module, "versions", lambda names: {n: newer.get(n, "") for n in names})
+    output = CliRunner().invoke(app, ["plan", "one.yaml"]).output
+    assert re.search(r"finished stages were made with another version: torch .*, now 99\.0", output)
+    (two_studies / node.manifest).unlink()  # a job that runs again does not take the old result
+    finish(plan, two_studies)
+    assert len(list(two_studies.glob("results/.objects/*/*"))) == before + 1
 
 
 def test_nothing_is_removed_under_a_running_workflow(two_studies: Path) -> None:

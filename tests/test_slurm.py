@@ -142,7 +142,7 @@ def test_a_study_on_slurm_gives_the_bytes_of_a_local_run(local: Path, tmp_path: 
     watch = Watch()
     watch.start()
     process = submit(tmp_path, tiny(), "selections")
-    output, _ = process.communicate(timeout=500)
+    output, _ = process.communicate(timeout=1200)
     watch.end()
     assert process.returncode == 0, output[-5000:]
     assert contents(tmp_path) == contents(local)
@@ -166,7 +166,7 @@ def test_a_cancelled_job_is_reported_and_sent_again_with_more(local: Path, tmp_p
             subprocess.run(["scancel", job["id"]], check=True)
             first = job
         time.sleep(0.2)
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=1200)
     assert first, output[-3000:]
     assert process.returncode == 0, output[-5000:]
     assert first["id"] in output  # it is said which job was lost
@@ -185,7 +185,7 @@ def test_a_job_killed_for_memory_is_retried_until_it_fits(local: Path, tmp_path:
     before = {job["id"] for job in queue()}
     less = "target:mem_mb=500*attempt**3"  # too little for torch at the first attempt
     process = submit(tmp_path, tiny(), "--set-resources", less, "--until", "target", "selections")
-    output, _ = process.communicate(timeout=500)
+    output, _ = process.communicate(timeout=1200)
     assert process.returncode == 0, output[-5000:]
     sent = [j for j in queue() if j["id"] not in before and rule_of(j).startswith("target")]
     assert len(sent) >= 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,31 @@ from pathlib import Path
 
 from iprox.errors import IproxError
 from iprox.progress import lines_only
+
+SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
+"""What names of environment variables have that hold secrets."""
+
+LEAST_SECRET = 8
+"""Shorter values are not masked: they stand in ordinary words."""
+
+URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+MASK = "***"
+
+
+def masked(text: str) -> str:
+    """``text`` without the values of secret environment variables and the logins of addresses."""
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= LEAST_SECRET:
+            text = text.replace(value, MASK)
+    return URL_LOGIN.sub(MASK, text)
+
+
+class Masking(logging.Formatter):
+    """A formatter whose records, tracebacks included, show no secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's text."""
+        return masked(super().format(record))
 
 
 @contextmanager
@@ -26,11 +53,9 @@ def log_to(path: str | Path, label: str = "") -> Iterator[None]:
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     to_file = logging.FileHandler(file, mode="w", encoding="utf-8")
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_file.setFormatter(Masking("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_terminal = logging.StreamHandler(sys.stderr)
-    to_terminal.setFormatter(
-        logging.Formatter(f"  {label}: %(message)s" if label else "%(message)s")
-    )
+    to_terminal.setFormatter(Masking(f"  {label}: %(message)s" if label else "%(message)s"))
     to_terminal.addFilter(lambda record: record.name.startswith("iprox"))
     lines_only()
     root = logging.getLogger()

@@ -33,6 +33,12 @@ FILES = {
     "query": ["query.zarr/zarr.json"],
     "direction": ["query.zarr/zarr.json"],
     "features": [],
+    "query_sketches": ["rows.zarr/zarr.json"],
+    "backbone": ["config.json", "encoder.json"],
+    "encoder": ["config.json", "encoder.json", "quality.parquet"],
+    "embeddings": [],
+    "head": ["rows.zarr/zarr.json", "quality.parquet"],
+    "query_embeddings": ["rows.zarr/zarr.json"],
     "ranking": ["ranking.parquet"],
     "fidelity": ["fidelity.parquet", "layers.parquet"],
     "selection": ["selection.parquet", "selected.jsonl"],
@@ -130,21 +136,26 @@ def parents(stage, plan=PLAN):
 
 
 def code(stage, script=None):
-    """Parameter: digest of the code that makes this stage."""
-    return code_hash(f"iprox.stages.{stage}", SCRIPTS / f"{script or stage}.py")
+    """Parameter: digest of the code that makes this stage.
+
+    Worked out when a job asks: a job of its own process needs its own stage's alone.
+    """
+    return lambda wildcards: code_hash(
+        f"iprox.stages.{stage}", SCRIPTS / f"{script or stage}.py"
+    )
 
 
 def estimator_code(wildcards):
     """Parameter: digest of the code that makes a direction, its estimator's included."""
     kind = PLAN.node("direction", wildcards.id).params["estimator"]["kind"]
-    return code("direction") + code_hash(f"iprox.estimators.{kind}")
+    return code("direction")(wildcards) + code_hash(f"iprox.estimators.{kind}")
 
 
 def ranking_code(wildcards):
     """Parameter: digest of the code that makes a ranking, its scorer's included."""
     kind = PLAN.node("ranking", wildcards.id).params["scorer"]["kind"]
     own = "" if kind == GRADIENT else code_hash(f"iprox.scorers.{kind}")
-    return code("ranking") + own
+    return code("ranking")(wildcards) + own
 
 
 def shards(stage):

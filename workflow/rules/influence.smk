@@ -96,11 +96,9 @@ rule ranking:
     threads: lambda wildcards: model_threads() if passes_model(wildcards) else 1
     resources:
         gpu=lambda wildcards: int(passes_model(wildcards)),
-        gpu_mem_mb=lambda wildcards, attempt: (
-            passes_model(wildcards) * gpu_mem("ranking")(wildcards, attempt)
-        ),
-        mem_mb=of_ranking(mem),
-        runtime=of_ranking(runtime),
+        gpu_mem_mb=gpu_mem("ranking"),
+        mem_mb=mem("ranking"),
+        runtime=runtime("ranking"),
     params:
         code=ranking_code,
         parents=parents("ranking"),
@@ -112,9 +110,7 @@ rule ranking:
 rule fidelity:
     # How well a proxy's scores agree with the target's.
     input:
-        proxy=parent("fidelity", "proxy"),
-        target=parent("fidelity", "target"),
-        queries=all_parents("fidelity", "proxy_query/"),
+        all_parents("fidelity"),
     output:
         files("fidelity"),
         manifest=manifest("fidelity"),

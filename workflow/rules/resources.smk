@@ -64,20 +64,15 @@ def passes_model(wildcards):
     return "warmup" in PLAN.node("ranking", wildcards.id).parents
 
 
-def of_ranking(amount):
-    """What a ranking asks for: as much as gradients if it passes texts through a model."""
-    return lambda wildcards, attempt: amount(
-        "features" if passes_model(wildcards) else "ranking"
-    )(wildcards, attempt)
-
-
 def model_threads():
     """Threads of a job that runs a model.
 
     On one machine two such jobs share the cores given to the workflow: on a CPU two jobs with
     half the threads each finish sooner than one after the other. A cluster's job has its own.
     """
-    cores = workflow.resource_settings.cores  # None on a cluster, where nothing says how many
+    cores = (
+        workflow.resource_settings.cores
+    )  # None on a cluster, where nothing says how many
     if workflow.remote_exec:
         return cores or 1
     return max(1, cores // 2) if cores else CLUSTER_THREADS

@@ -11,6 +11,8 @@ from pathlib import Path
 from iprox.plan.nodes import Node, Plan
 from iprox.plan.plan import plan_study
 from iprox.plan.preflight import check_inputs
+from iprox.store.manifest import PROVENANCE
+from iprox.store.runner import NUMERIC_LIBRARIES, versions
 from iprox.study.load import load_study
 
 
@@ -55,6 +57,23 @@ def lines(plan: Plan, root: Path = Path()) -> list[Line]:
     ]
 
 
+def other_versions(node: Node, root: Path = Path()) -> list[str]:
+    """Numeric libraries that a finished stage was made with in other versions than are installed.
+
+    Such a stage is used as it is: its path says what was asked for, not with which libraries. A
+    job that runs again computes anew with the installed ones.
+    """
+    path = root / node.folder / PROVENANCE
+    if not path.is_file():
+        return []
+    try:
+        made = json.loads(path.read_text(encoding="utf-8")).get("versions", {})
+    except ValueError:
+        return []  # `iprox verify` says that the file is damaged
+    now = versions(NUMERIC_LIBRARIES)
+    return [f"{name} {made[name]}, now {now[name]}" for name in now if made.get(name) != now[name]]
+
+
 def _users(plan: Plan) -> dict[tuple[str, str], list[str]]:
     users: dict[tuple[str, str], list[str]] = {}
     for name, run in plan.runs.items():
@@ -88,7 +107,15 @@ def print_plan(configs: list[Path], data_dir: str | None, as_json: bool) -> None
     plan = load_plan(configs, data_dir)
     found = lines(plan)
     if as_json:
-        rows = [{**x.node.spec, "finished": x.finished, "runs": list(x.runs)} for x in found]
+        rows = [
+            {
+                **x.node.spec,
+                "finished": x.finished,
+                "other_versions": other_versions(x.node),
+                "runs": list(x.runs),
+            }
+            for x in found
+        ]
         print(json.dumps(rows, indent=1, sort_keys=True))
         return
     from rich.console import Console
@@ -103,6 +130,9 @@ def print_plan(configs: list[Path], data_dir: str | None, as_json: bool) -> None
         )
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
+    older = Counter(text for x in found if x.finished for text in other_versions(x.node))
+    for text, count in sorted(older.items()):
+        console.print(f"{count} finished stages were made with another version: {text}")
     stages = Counter(x.node.stage for x in found if not x.finished)
     console.print(summary(found))
     if stages:

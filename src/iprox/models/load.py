@@ -301,19 +301,44 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder.
 
     Raises:
-        ModelError: There are none.
+        ModelError: There are none, or the index of them is not one, or leaves the folder.
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+        return [folder / name for name in _indexed(folder / INDEX)]
     raise ModelError(
         "a model folder has no safetensors weights",
         where=folder,
         allowed=f"{WEIGHTS} or {INDEX}",
         fix="convert the weights with save_pretrained(..., safe_serialization=True)",
     )
+
+
+def _indexed(path: Path) -> list[str]:
+    """Names of the files that an index of weights lists.
+
+    Raises:
+        ModelError: It is not an index, or names something outside its folder.
+    """
+    try:
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        wrong = [name for name in names if Path(name).name != name or name == ".."]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            "an index of weights cannot be read",
+            where=path,
+            value=str(error),
+            fix="download or save the model again",
+        ) from None
+    if wrong:
+        raise ModelError(
+            "an index of weights names a file outside its folder",
+            where=path,
+            value=wrong[0],
+            allowed="names of files beside it",
+        )
+    return names
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
