@@ -98,6 +98,11 @@ def write_pool(folder: Path) -> None:
     write_table(folder / "pool.parquet", pd.DataFrame(rows), {"licence": "CC BY 4.0"})
 
 
+def write_diversity(folder: Path) -> None:
+    row = {"task": "mmlu", "selected": 2, "compared": 2, "nearest": 0.875, "affinity": 0.5}
+    write_table(folder / "diversity.parquet", pd.DataFrame([row]))
+
+
 def write_task(folder: Path) -> None:
     query = {
         "example_id": "q0",
@@ -420,6 +425,8 @@ def every_stage(results: Results) -> dict[str, Node]:
     nodes["selection"] = add(
         "selection", "f", {"select": {"fraction": 0.25}}, ranked, write_selection
     )
+    chosen = {"features": nodes["features"], "selection": nodes["selection"]}
+    nodes["diversity"] = add("diversity", "f", {"tasks": ["mmlu"]}, chosen, write_diversity)
     nodes["finetune"] = add(
         "finetune",
         "f-mmlu",

@@ -57,6 +57,7 @@ EXPECTED = {
     "eigenvalues": (f"sums/{LAYER}", "(2, 3)"),
     "direction": ("ekfac", "damping.amount", "0.25"),
     "query": ("(1, 2, 2)", "5", "mean_raw"),
+    "diversity": ("nearest", "0.875"),
     "features": ("cheaper", "materialise_from", "shard-00001.zarr"),
     "ranking": ("mmlu: first", "mmlu: last", "without a score", "gradient"),
     "fidelity": ("spearman", "0.75", "above lengths", "0.625", "up_proj", "0.8125"),

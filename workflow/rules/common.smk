@@ -42,6 +42,7 @@ FILES = {
     "ranking": ["ranking.parquet"],
     "fidelity": ["fidelity.parquet", "layers.parquet"],
     "selection": ["selection.parquet", "selected.jsonl"],
+    "diversity": ["diversity.parquet"],
     "finetune": ["config.json"],
     "evaluation": ["items.parquet", "metrics.json"],
     "report": ["index.html", "summary.txt"],

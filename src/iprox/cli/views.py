@@ -680,6 +680,7 @@ STAGE_VIEWS: dict[str, tuple[tuple[str, View], ...]] = {
     "ranking": (("ranking.parquet", ranking),),
     "fidelity": (("fidelity.parquet", agreement), ("layers.parquet", layer_fidelity)),
     "selection": (("selection.parquet", selection), ("selected.jsonl", first_lines)),
+    "diversity": (("diversity.parquet", whole_table),),
     "finetune": ((".", model), ("log.parquet", training_log)),
     "evaluation": (("metrics.json", metrics), ("items.parquet", items)),
     "synthetic": (("retention.parquet", whole_table),),

@@ -120,6 +120,7 @@ def render(study: Study, frames: dict[str, pd.DataFrame], charts: dict[str, list
         amortisation=amortisation_grid(study, frames["amortisation"]),
         sketches=sketches_grid(study, tables.sketches(study)),
         overlap=overlap_grid(study, frames["runs"]),
+        diversity=diversity_grid(study, frames["diversity"]),
         composition=composition_grids(study, frames["composition"]),
         examples=examples_shown(study, frames["examples"]),
         heldout=heldout_grid(study, frames["heldout"]),
@@ -413,6 +414,26 @@ def sketches_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
             _plain(row["bytes_per_example"], lambda v: scaled(v, "B"), "not recorded"),
             _plain(row["examples"], lambda v: f"{v:,.0f}", "not recorded"),
             *(_plain(row[e], lambda v: f"{v:.3f}", "undefined") for e in ERRORS),
+        ]
+        for row in frame.to_dict("records")
+    ]
+    return Grid(columns, rows)
+
+
+def diversity_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
+    """How every run's selection lies in feature space."""
+    if frame.empty:
+        return None
+    columns = [("run", False), ("task", False), ("compared", True)]
+    columns += [("nearest other", True), ("affinity to the task", True), ("by chance", True)]
+    rows = [
+        [
+            _run_cell(study, row["run"]),
+            Cell(row["task"]),
+            Cell(f"{row['compared']:,}", f"of {row['selected']:,} selected"),
+            _plain(row["nearest"], lambda v: f"{v:.3f}", "fewer than two examples"),
+            _plain(row["affinity"], lambda v: f"{v:.3f}", "no direction"),
+            _plain(row["affinity_random"], lambda v: f"{v:.3f}", "no direction"),
         ]
         for row in frame.to_dict("records")
     ]

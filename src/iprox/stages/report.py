@@ -34,6 +34,7 @@ def make(job: Job) -> Metrics:
         "paired": tables.paired(study),
         "agreement": tables.agreement(study),
         "overlap": selected.overlaps(study),
+        "diversity": tables.diversity(study),
         "composition": selected.composition(study),
         "examples": selected.examples(study),
         "encoders": learned.quality(study),
