@@ -29,6 +29,7 @@ from iprox.errors import ConfigError, DataError, NumericsError, shorten
 from iprox.models.device import dtype_of, make_deterministic, pick_device
 from iprox.models.flops import load_of, network_of
 from iprox.models.load import load_model, load_tokenizer
+from iprox.models.moments import save_moments
 from iprox.numerics import flops
 from iprox.progress import Track, track
 from iprox.store.tables import write_table
@@ -120,6 +121,7 @@ def train_folder(
     attention: str,
     label: str,
     keep_epochs: bool = False,
+    keep_moments: bool = False,
     progress: Path | None = None,
 ) -> dict[str, int | float]:
     """Fine-tune a saved model and save the result, with ``log.parquet`` beside it.
@@ -137,6 +139,7 @@ def train_folder(
         label: What the progress display says.
         keep_epochs: Also write the float32 weights at the end of every epoch but the last, as
             :func:`epoch_folder`, and the epochs' learning rates as ``epochs.parquet``.
+        keep_moments: Also write Adam's moments after the last step.
         progress: Folder for checkpoints, which a killed run goes on from.
 
     Returns:
@@ -162,6 +165,9 @@ def train_folder(
             checkpoints=progress,
             at_epoch_end=(lambda n: model.save_pretrained(epoch_folder(out, n)))
             if keep_epochs
+            else None,
+            at_end=(lambda optimizer: save_moments(out, model, optimizer))
+            if keep_moments
             else None,
         )
         rows, metrics = training.log, training.metrics()
@@ -201,6 +207,7 @@ def fine_tune(
     micro_batch: int | None = None,
     label: str = "fine-tuning",
     at_epoch_end: Callable[[int], object] | None = None,
+    at_end: Callable[[Any], object] | None = None,
     checkpoints: Path | None = None,
 ) -> Training:
     """Train a causal LM in place on tokenised examples.
@@ -218,6 +225,7 @@ def fine_tune(
             when absent.
         label: What the progress display says.
         at_epoch_end: Called at the end of every epoch but the last with its number, from 1.
+        at_end: Called after the last step with the optimizer.
         checkpoints: Folder for checkpoints; a run that finds one there goes on from it, to the
             same bytes as one that was never stopped. Written by single processes only.
 
@@ -257,6 +265,8 @@ def fine_tune(
             recorder.restore(last)
             log.info("going on from step %d of %d", len(recorder.rows), steps)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        if at_end is not None:
+            at_end(trainer.optimizer)
     if is_lora:
         lora.merge(trained)
     model.config.use_cache = use_cache  # Trainer turns it off, and it would be saved so
