@@ -16,7 +16,7 @@ from iprox.study.scorers import GRADIENT
 # input: the manifest alone decides whether to rerun, the files must merely exist.
 FILES = {
     "pool": ["pool.parquet"],
-    "task": ["queries.parquet", "test.parquet"],
+    "task": ["queries.parquet", "test.parquet", "texts.parquet"],
     "target": ["config.json"],
     "split": ["split.parquet"],
     "warmup": ["config.json"],

@@ -278,12 +278,17 @@ class Estimator:
         load = _load(texts).times(section["epochs"])
         frozen = section["freeze_embed_head"]
         trained = self.parameters - (model_size(self.arch).embeddings if frozen else 0)
+        rank = section.get("lora_rank", 0)
+        updates = rank * sum(n * (one.out_dim + one.in_dim) for one, n in net.linears.items())
+        trained = updates if rank else trained
         batch = texts._replace(n=min(texts.n, section["batch"]))
         micro = self._batch(MICRO_BATCH_TOKENS, batch)
         element = BYTES[node.params["compute"]["dtype"]]
         state = 4 * (self.parameters + 3 * trained)
         return Need(
-            flops=flops.training(net, load, head_trained=not frozen),
+            flops=flops.lora_training(net, load, updates)
+            if rank
+            else flops.training(net, load, head_trained=not frozen),
             memory=self.process
             + state
             + self.activations(net, micro, element)

@@ -33,12 +33,12 @@ from iprox.models.moments import save_moments
 from iprox.numerics import flops
 from iprox.progress import Track, track
 from iprox.store.tables import write_table
+from iprox.study.schema import FinetuneSection, WarmupSection
+from iprox.training import lora
 from iprox.training.checkpoints import last_checkpoint, read_history, resumable_trainer
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-
-    from iprox.study.schema import FinetuneSection, WarmupSection
 
 log = logging.getLogger(__name__)
 
@@ -237,11 +237,10 @@ def fine_tune(
 
     _check(examples)
     use_cache = model.config.use_cache
-    frozen = embeddings(model) if settings.freeze_embed_head else []
-    model.requires_grad_(True)
-    for module in frozen:
-        module.requires_grad_(False)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    network = network_of(model)
+    trained = _to_train(model, settings)
+    is_lora = trained is not model
+    parameters = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     micro = micro_batch or micro_batch_size(examples, settings.batch)
     steps = math.ceil(settings.epochs * math.ceil(len(examples) / settings.batch))
     with tempfile.TemporaryDirectory() as scratch, track(steps, "steps", label) as progress:
@@ -254,7 +253,7 @@ def fine_tune(
             checkpoints = None  # their optimizer states are in parts
         trainer = resumable_trainer(
             checkpoints,
-            model=model,
+            model=trained,
             args=_arguments(settings, steps, micro, bf16, Path(scratch)),
             train_dataset=examples,
             data_collator=collator,
@@ -268,15 +267,31 @@ def fine_tune(
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if at_end is not None:
             at_end(trainer.optimizer)
+    if is_lora:
+        lora.merge(trained)
     model.config.use_cache = use_cache  # Trainer turns it off, and it would be saved so
     model.requires_grad_(False).eval()
     load = load_of(examples).times(settings.epochs)
+    if is_lora:
+        spent = flops.lora_training(network, load, parameters)
+    else:
+        spent = flops.training(network, load, not settings.freeze_embed_head)
     return Training(
         log=pd.DataFrame(recorder.rows, columns=list(LOG_COLUMNS)),
         tokens=round(load.tokens),
         parameters=parameters,
-        flops=flops.training(network_of(model), load, not settings.freeze_embed_head),
+        flops=spent,
     )
+
+
+def _to_train(model: Any, settings: WarmupSection | FinetuneSection) -> Any:
+    """The model with the weights to train set free, or in a wrapper with LoRA's updates."""
+    if isinstance(settings, FinetuneSection) and settings.lora_rank:
+        return lora.attach(model, settings.lora_rank, settings.lora_alpha, settings.seed)
+    model.requires_grad_(True)
+    for module in embeddings(model) if settings.freeze_embed_head else []:
+        module.requires_grad_(False)
+    return model
 
 
 def embeddings(model: Any) -> list[nn.Module]:
