@@ -171,6 +171,15 @@ def write_faithfulness(folder: Path) -> None:
     write_table(folder / "faithfulness.parquet", pd.DataFrame([row]))
 
 
+def write_facts(folder: Path) -> None:
+    row = {"method": "GradDot", "mrr": 0.3125, "recall": 0.25, "agreement": 0.5, "flops": 1e9}
+    write_table(folder / "methods.parquet", pd.DataFrame([row]))
+
+
+def write_retrieval(folder: Path) -> None:
+    write_table(folder / "retrieval.parquet", pd.DataFrame([{"method": "RepSim", "mrr": 0.4375}]))
+
+
 def write_split(folder: Path) -> None:
     table = pd.DataFrame({"example_id": ["e0", "e1"], "split": "probe", "position": [0, 1]})
     write_table(folder / "split.parquet", table)
@@ -399,6 +408,9 @@ def every_stage(results: Results) -> dict[str, Node]:
     nodes["ranking"] = add("ranking", "f", {"influence": {"score": "cosine"}}, scored, writer)
     nodes["fidelity"] = add("fidelity", "f", {"fidelity": {}}, scored, fidelity_writer(0.75))
     nodes["synthetic"] = add("synthetic", "f3", {"synthetic": {}}, None, write_synthetic)
+    nodes["facts"] = add("facts", "seed-0", {"facts": {}}, None, write_facts)
+    traced = {"facts/0": nodes["facts"]}
+    nodes["retrieval"] = add("retrieval", "r", {}, traced, write_retrieval)
     nodes["small"] = add("small", "seed-0", {"seed": 0}, pool, write_small)
     again = pool | {"small": nodes["small"]}
     nodes["retrain"] = add("retrain", "seed-0", {"first": 0}, again, write_retrain)

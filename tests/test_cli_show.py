@@ -65,6 +65,8 @@ EXPECTED = {
     "evaluation": ("loss", "mean loss"),
     "sparsity": ("0.8125", "0.625", "met", "floor", "0.75"),
     "synthetic": ("influence_retention", "0.5625"),
+    "facts": ("GradDot", "0.3125"),
+    "retrieval": ("RepSim", "0.4375"),
     "small": ("LlamaForCausalLM", "parameters"),
     "retrain": ("1.25",),
     "faithfulness": ("ekfac", "0.6875"),

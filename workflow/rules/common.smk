@@ -49,6 +49,8 @@ FILES = {
     "small": ["examples.parquet", "start/config.json", "full/config.json"],
     "retrain": ["losses.parquet"],
     "faithfulness": ["faithfulness.parquet", "summary.txt"],
+    "facts": ["methods.parquet"],
+    "retrieval": ["retrieval.parquet", "summary.txt"],
 }
 SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
 

@@ -55,6 +55,8 @@ STAGES = {
     "small": "A tiny model, trained on part of the pool and on all candidates from there.",
     "retrain": "Losses of the tiny model after training on random subsets of the candidates.",
     "faithfulness": "How well the scores of every run predict retraining, with intervals.",
+    "facts": "How well each method traces a tiny model's answers to its pre-training text.",
+    "retrieval": "Methods that trace answers to pre-training text: quality beside cost.",
     "report": "Tables, figures and a page that show the runs of a study beside each other.",
 }
 

@@ -686,6 +686,8 @@ STAGE_VIEWS: dict[str, tuple[tuple[str, View], ...]] = {
     "small": (("start", model), ("full", model)),
     "retrain": (("losses.parquet", whole_table),),
     "faithfulness": (("faithfulness.parquet", whole_table),),
+    "facts": (("methods.parquet", whole_table),),
+    "retrieval": (("retrieval.parquet", whole_table),),
     "report": ((".", to_open),),
 }
 

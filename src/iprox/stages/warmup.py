@@ -43,5 +43,7 @@ def make(job: Job) -> Metrics:
         label="warm-up",
         keep_epochs="epochs" in job.params,
         keep_moments="moments" in job.params,
+        # Weights of earlier epochs lie in the folder that a killed job loses.
+        progress=None if "epochs" in job.params else job.progress,
     )
     return {**metrics, **usage(encoded, examples)}

@@ -866,6 +866,18 @@ class FaithfulnessSection(SmallModelSection):
     fraction: float = Field(0.5, gt=0, lt=1, description="Share of the candidates in a subset.")
 
 
+class FactsSection(SmallModelSection):
+    """Tracing answers to pre-training text (``snakemake m1 m2``). No part of a study file."""
+
+    vocabulary: int = Field(400, ge=260, description="Tokens of its byte-level BPE tokenizer.")
+    pretrain_epochs: float = Field(40.0, gt=0, description="Passes over the corpus.")
+    epochs: float = Field(10.0, gt=0, description="Passes over the questions.")
+    lr: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW there.")
+    people: int = Field(16, ge=2, le=26, description="People with three facts each.")
+    left_out: int = Field(8, ge=2, description="Facts left out of both trainings, one at a time.")
+    damping: float = Field(0.1, gt=0, description="Damping, relative to the mean eigenvalue.")
+
+
 class RunConfig(Section):
     """One way of scoring the pool, resolved: every section a run may override."""
 
