@@ -253,10 +253,9 @@ class Estimator:
     def _warmup(self, node: Node) -> Need:
         section = node.params["warmup"]
         need = self._training(node, self.split_texts(node), section)
-        if "epochs" not in node.params:
-            return need
-        kept = 4 * self.parameters * (math.ceil(section["epochs"]) - 1)
-        return replace(need, disk=need.disk + kept)
+        copies = math.ceil(section["epochs"]) - 1 if "epochs" in node.params else 0
+        copies += 2 if "moments" in node.params else 0  # of Adam, first and second
+        return replace(need, disk=need.disk + 4 * self.parameters * copies)
 
     def _checkpoint(self, node: Node) -> Need:
         weights = self.parameters * BYTES[node.params["compute"]["dtype"]]
