@@ -56,7 +56,6 @@ localrules:
     report,
     study_index,
     split,
-    ranking,
     selection,
     fidelity,
     features,

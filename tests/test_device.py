@@ -8,7 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+import yaml
+from test_workflow import ROOT, command, environment, study, write_inputs
 
 from iprox.models.device import claim_gpu
 
@@ -63,3 +66,37 @@ def test_nothing_is_claimed_without_a_choice(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert claim_gpu(count, tmp_path) is None
     assert not list(tmp_path.iterdir())
+
+
+def gpu_jobs(folder: Path) -> int:
+    """Jobs of the workflow in a folder that score on a GPU, were there one, right now."""
+    found = 0
+    for process in psutil.process_iter(["cmdline"]):
+        for part in process.info["cmdline"] or []:
+            path = Path(part)
+            if path.parent == folder / ".snakemake" / "scripts":
+                found += path.name.endswith(("query.py", "features_shard.py", "warmup.py"))
+    return found
+
+
+@pytest.mark.workflow
+def test_a_workstation_of_two_gpus_never_starts_a_third_job_on_them(tmp_path: Path) -> None:
+    write_inputs(tmp_path, examples=12)
+    runs = {"full": {"proxy": {"kind": "target"}, "until": "ranking"}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study(runs=runs, shards=5)))
+    profile = str(ROOT / "workflow" / "profiles" / "local")
+    run = command(tmp_path, "--workflow-profile", profile, "--resources", "gpu=2")
+    run[run.index("--cores") + 1] = "8"  # room for eight jobs, were it not for the GPUs
+    process = subprocess.Popen(
+        [*run, "--set-threads", "features_shard=1", "--", "rankings"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    most = 0
+    while process.poll() is None:
+        most = max(most, gpu_jobs(tmp_path))
+        time.sleep(0.1)
+    assert process.returncode == 0
+    assert most == 2

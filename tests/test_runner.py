@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -144,12 +145,39 @@ def test_files_of_an_older_result_do_not_stay(tmp_path: Path) -> None:
     assert not stray.exists()
 
 
-def test_outputs_are_read_only_and_share_the_stores_bytes(tmp_path: Path) -> None:
+def test_outputs_are_their_owners_and_share_the_stores_bytes(tmp_path: Path) -> None:
     ask = request(tmp_path)
     run_stage(Stage(), ask)
     stat = (ask.folder / "b.txt").stat()
-    assert stat.st_mode & 0o222 == 0
+    assert stat.st_mode & 0o777 == 0o644
     assert stat.st_nlink == 2
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EACCES, errno.EXDEV])
+def test_a_store_of_another_user_or_disk_is_copied_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    folder = run_stage(Stage(), request(tmp_path)).parent
+    assert check(folder).files.keys() == {"b.txt", "deep/a.txt"}
+    for name in ("b.txt", "deep/a.txt"):
+        assert (folder / name).stat().st_nlink == 1
+        assert (folder / name).stat().st_mode & 0o777 == 0o644
+
+
+def test_a_full_disk_is_not_taken_for_another_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "link", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_stage(Stage(), request(tmp_path))
+    assert not (tmp_path / "results/toy/x/manifest.json").exists()
 
 
 def test_a_stage_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -193,6 +221,27 @@ def test_a_killed_job_leaves_nothing_that_looks_finished(tmp_path: Path) -> None
         assert not (tmp_path / "results/toy/x/manifest.json").exists()
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path), "never"], check=True)
     assert check(tmp_path / "results/toy/x").files.keys() == {"b.txt"}
+
+
+def test_a_killed_job_s_progress_is_given_to_its_next_attempt(tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    def make(job: Job) -> Metrics:
+        assert job.progress is not None
+        job.progress.mkdir(exist_ok=True)
+        seen.append(sorted(p.name for p in job.progress.iterdir()))
+        (job.progress / f"step-{len(seen)}").touch()
+        if len(seen) < 3:
+            raise KeyboardInterrupt
+        (job.out / "x").touch()
+        return {}
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(make, request(tmp_path))
+    run_stage(make, request(tmp_path))
+    assert seen == [[], ["step-1"], ["step-1", "step-2"]]
+    assert not list(tmp_path.rglob(".tmp-*"))
 
 
 def shard_stage(job: Job) -> Metrics:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -337,3 +338,24 @@ def test_archives_cannot_write_outside_their_folder(tmp_path: Path) -> None:
     _extract(archive, PurePosixPath("data.json"), tmp_path / "in" / "data.json")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.tar.gz", "in"]
     assert not Path("/tmp/outside-iprox").exists()
+
+
+def test_every_pin_but_torch_has_the_digest_of_its_file() -> None:
+    """After a change of the lock: python envs/hashes.py."""
+    lock = (ROOT / "envs" / "lock.txt").read_text().splitlines()
+    wanted = {canonical(pin) for pin in lock if pin and not pin.startswith("#")}
+    found = {}
+    for line in (ROOT / "envs" / "hashes.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        pin, digest = line.split(" --hash=sha256:")
+        assert re.fullmatch("[0-9a-f]{64}", digest)
+        found[canonical(pin)] = digest
+    assert {pin for pin in wanted - found.keys() if not pin.startswith("torch==")} == set()
+    assert found.keys() - wanted == set()
+
+
+def canonical(pin: str) -> str:
+    """A pin with its package's name as indexes compare names."""
+    name, version = pin.split("==")
+    return f"{re.sub(r'[-_.]+', '-', name).lower()}=={version}"

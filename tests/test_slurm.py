@@ -22,7 +22,7 @@ import yaml
 from test_workflow import contents, environment, snakemake, study, write_inputs
 
 ROOT = Path(__file__).parents[1]
-STARTER = Path(os.environ.get("IPROX_SLURM_TEST", ROOT / "../shared/tools/slurm/start-slurm.sh"))
+STARTER = Path(os.environ.get("IPROX_SLURM_TEST", "not set"))
 pytestmark = [pytest.mark.slurm, pytest.mark.workflow]
 
 GPU_RULES = ("warmup", "query", "features_shard")

@@ -10,6 +10,7 @@ is not finished.
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import logging
@@ -52,6 +53,10 @@ Make = Callable[[Job], Metrics]
 
 NUMERIC_LIBRARIES = ("torch", "transformers", "numpy", "tokenizers")
 SHARD = "shard.zarr"
+OWNER_WRITES = stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP | stat.S_IROTH
+"""Mode of outputs. Snakemake refuses to rerun a job whose outputs their owner cannot write to; what
+is edited in place all the same is found by its digest before it is used."""
+
 RATE = "_per_s"
 """How the names of metrics end that are rates."""
 
@@ -166,6 +171,7 @@ def _make(make: Make, request: Request, rows: tuple[int, int] | None, kept: Path
             data_dir=request.data_dir,
             cache_dir=request.store.parent / ".cache",
             strict=True,
+            progress=_progress_folder(kept),
         )
         _watch_device_memory()
         start = time.monotonic()
@@ -189,8 +195,14 @@ def _make(make: Make, request: Request, rows: tuple[int, int] | None, kept: Path
             if not _usable(kept):
                 raise
             log.info("another job finished the same computation first; its result is used")
+        shutil.rmtree(_progress_folder(kept), ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _progress_folder(kept: Path) -> Path:
+    """What a killed job left for its next attempt: of the same inputs, parameters and code."""
+    return kept.with_name(f".tmp-progress-{kept.name}")
 
 
 def _usable(kept: Path) -> bool:
@@ -235,12 +247,23 @@ def _own_files(folder: Path, request: Request) -> list[str]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Hard-link a file into place, read-only, with a new time so that it counts as made now."""
+    """Hard-link a file into place with a new time, so that it counts as made now.
+
+    A store shared between users or file systems holds files that cannot be linked: those of
+    another owner (Linux refuses that, `fs.protected_hardlinks`) or device. They are copied.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    os.link(source, target)
-    source.chmod(stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
-    os.utime(target)
+    try:
+        os.link(source, target)
+        target.chmod(OWNER_WRITES)
+        os.utime(target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EACCES, errno.EXDEV):
+            raise
+        target.unlink(missing_ok=True)
+        shutil.copyfile(source, target)
+        target.chmod(OWNER_WRITES)
 
 
 def _write(path: Path, text: str) -> None:

@@ -581,10 +581,10 @@ class ScorerSection(Section):
         "gradient",
         description="Gradient influence through the proxy; a text encoder that learns it from the "
         "teach split (influcoder), or a linear function of its embeddings that does (regression); "
-        "or random order, length of the response, similarity of "
-        "words to the queries (TF-IDF, BM25), importance of n-grams (DSIR); or, of the warmed-up "
-        "target, similarity of hidden states (RepSim), the response's perplexity, or how little "
-        "its prompt helps it (IFD).",
+        "Adam's directions in place of gradients (less); or random order, length of the response, "
+        "similarity of words to the queries (TF-IDF, BM25), importance of n-grams (DSIR); or, of "
+        "the warmed-up target, similarity of hidden states (RepSim), the response's perplexity, "
+        "or how little its prompt helps it (IFD).",
     )
     prefer: Literal["high", "low", "middle"] = Field(
         "high", description="length, perplexity, ifd: which values rank first."
