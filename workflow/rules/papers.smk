@@ -178,12 +178,12 @@ rule retrieval:
 
 
 rule m1:
-    # Quality against cost, and
+    # Quality beside cost (arXiv:2505.05017); in the same table as
     input:
         made(RETRIEVAL),
 
 
 rule m2:
-    # retrieval of facts: both are in one table.
+    # the retrieval of facts.
     input:
         made(RETRIEVAL),
