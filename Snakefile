@@ -7,7 +7,10 @@ The order of a study, a rule each; every arrow is a file:
       ─> query ─> features (shards) ─> ranking ─> selection ─> finetune ─> evaluation ─> report
                                      └> fidelity (proxy against target)
     for second-order influence, between query and features: covariance (shards) ─> curvature
-      ─> eigenvalues (shards) ─> direction
+      ─> eigenvalues (shards) ─> direction; for influence across two trainings also of the model
+      of a second warmup, on a pool of its own
+    for a scorer that learns: query_sketches and features of a slice ─> encoder (from backbone)
+      ─> embeddings (shards), query_embeddings ─> ranking
 
 Where influence is summed over checkpoints, checkpoint takes the weights of each earlier epoch out of
 warmup, and what follows it, up to features, is done at each of them.
@@ -16,7 +19,8 @@ A proxy of whole blocks is made by extraction alone, in place of probe to proxy;
 target and a warmup of its own.
 
 Run `snakemake` for everything, or one of: rankings, fidelities, selections, report; and, apart
-from any study, f3: what IPSVD keeps of a small network's influence, beside plain SVD.
+from any study, f3: what IPSVD keeps of a small network's influence, beside plain SVD. `faithfulness`
+judges a study's runs by retraining a tiny model on random subsets of its pool.
 """
 
 from snakemake.utils import min_version
@@ -34,6 +38,7 @@ include: "workflow/rules/inputs.smk"
 include: "workflow/rules/proxy.smk"
 include: "workflow/rules/curvature.smk"
 include: "workflow/rules/influence.smk"
+include: "workflow/rules/encoder.smk"
 include: "workflow/rules/outcome.smk"
 include: "workflow/rules/papers.smk"
 
@@ -41,6 +46,7 @@ include: "workflow/rules/papers.smk"
 localrules:
     all,
     f3,
+    faithfulness,
     rankings,
     fidelities,
     selections,
@@ -50,6 +56,7 @@ localrules:
     selection,
     fidelity,
     features,
+    embeddings,
     covariance,
     eigenvalues,
 

@@ -12,6 +12,7 @@ import torch
 from conftest import tiny_tokenizer
 from oracles import exact_model
 
+from iprox.data.pools import text_hash
 from iprox.models.layers import scored_linears
 from iprox.stages.passes import Reader
 from iprox.store.job import Job
@@ -34,6 +35,7 @@ def write_pool(folder: Path, examples: dict[str, tuple[str, str]]) -> Path:
         {
             "example_id": pa.array(ids),
             "messages": pa.array([turns(*examples[i]) for i in ids], MESSAGES),
+            "text_hash": pa.array([text_hash(turns(*examples[i])) for i in ids]),
         }
     )
     write_table(folder / "pool.parquet", table)

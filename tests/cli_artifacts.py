@@ -155,6 +155,22 @@ def write_synthetic(folder: Path) -> None:
     write_table(folder / "retention.parquet", pd.DataFrame([row]))
 
 
+def write_small(folder: Path) -> None:
+    for name in ("start", "full"):
+        (folder / name).mkdir()
+        write_model(folder / name)
+
+
+def write_retrain(folder: Path) -> None:
+    row = {"subset": 0, "kept": [True, False], "losses": [1.25]}
+    write_table(folder / "losses.parquet", pd.DataFrame([row]))
+
+
+def write_faithfulness(folder: Path) -> None:
+    row = {"run": "ekfac", "estimator": "ekfac", "lds": 0.6875, "low": 0.5, "high": 0.75}
+    write_table(folder / "faithfulness.parquet", pd.DataFrame([row]))
+
+
 def write_split(folder: Path) -> None:
     table = pd.DataFrame({"example_id": ["e0", "e1"], "split": "probe", "position": [0, 1]})
     write_table(folder / "split.parquet", table)
@@ -306,7 +322,9 @@ def write_selection(folder: Path) -> None:
 
 def evaluation_writer(loss: float) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
-        table = pd.DataFrame({"example_id": ["t0", "t1"], "loss": [loss, loss]})
+        table = pd.DataFrame(
+            {"example_id": ["t0", "t1"], "kind": ["loss", "loss"], "loss": [loss, loss]}
+        )
         write_table(folder / "items.parquet", table)
         metrics = {
             "loss": {"value": loss, "low": loss - 1, "high": loss + 1, "n": 2},
@@ -381,6 +399,11 @@ def every_stage(results: Results) -> dict[str, Node]:
     nodes["ranking"] = add("ranking", "f", {"influence": {"score": "cosine"}}, scored, writer)
     nodes["fidelity"] = add("fidelity", "f", {"fidelity": {}}, scored, fidelity_writer(0.75))
     nodes["synthetic"] = add("synthetic", "f3", {"synthetic": {}}, None, write_synthetic)
+    nodes["small"] = add("small", "seed-0", {"seed": 0}, pool, write_small)
+    again = pool | {"small": nodes["small"]}
+    nodes["retrain"] = add("retrain", "seed-0", {"first": 0}, again, write_retrain)
+    judged = again | {"retrain": nodes["retrain"]}
+    nodes["faithfulness"] = add("faithfulness", "s", {"runs": {}}, judged, write_faithfulness)
     ranked = pool | {"ranking": nodes["ranking"]}
     nodes["selection"] = add(
         "selection", "f", {"select": {"fraction": 0.25}}, ranked, write_selection

@@ -82,6 +82,25 @@ def tiny_model(
     return getattr(transformers, model_class)(config).to(dtype).eval()
 
 
+def save_tiny_encoder(folder: Path, positions: int = 64) -> Path:
+    """A random BERT of one block with the tiny tokenizer, as a Hugging Face folder."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(2)
+    config = BertConfig(
+        vocab_size=272,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=positions,
+        pad_token_id=0,
+    )
+    BertModel(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def tokenizer() -> Any:
     return tiny_tokenizer()

@@ -103,6 +103,9 @@ def test_numbers_of_two_runs_stand_side_by_side(study: tuple[Results, dict[str, 
     assert ranking["Spearman"] == pytest.approx(-1.0)
     assert ranking["top 5% overlap"] == 0.0
     (loss,) = body["evaluation-mmlu: metrics"]
+    (paired,) = body["evaluation-mmlu: on the same items (95 % interval, test)"]
+    assert (paired["metric"], paired["items"], paired["p"]) == ("loss", 2, 0.5)
+    assert paired["B - A"] == paired["low"] == paired["high"] == loss["B - A"]
     assert (loss["metric"], loss["A"], loss["B"], loss["B - A"]) == ("loss", 2.0, 1.5, -0.5)
     values = {row["task"]: row["B - A"] for row in body["fidelity: values"]}
     assert values == {"mmlu": -0.25, "mean": -0.25}

@@ -65,6 +65,9 @@ EXPECTED = {
     "evaluation": ("loss", "mean loss"),
     "sparsity": ("0.8125", "0.625", "met", "floor", "0.75"),
     "synthetic": ("influence_retention", "0.5625"),
+    "small": ("LlamaForCausalLM", "parameters"),
+    "retrain": ("1.25",),
+    "faithfulness": ("ekfac", "0.6875"),
     "report": ("index.html", "runs.csv"),
 }
 

@@ -15,7 +15,14 @@ from iprox.data.sources import resolve
 from iprox.data.tasks import build_task
 from iprox.plan.plan import plan_study
 from iprox.study.load import flatten, load_study
-from iprox.study.schema import PoolSection, ReportSection, RunConfig, TargetSection
+from iprox.study.schema import (
+    FaithfulnessSection,
+    FinetunedSection,
+    PoolSection,
+    ReportSection,
+    RunConfig,
+    TargetSection,
+)
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "config" / "config.yaml"
@@ -35,7 +42,13 @@ def documented_defaults() -> dict[str, Any]:
 
 
 def schema_defaults() -> dict[str, Any]:
-    sections = {"target": TargetSection(), "pool": PoolSection(name="x"), "report": ReportSection()}
+    sections = {
+        "target": TargetSection(),
+        "pool": PoolSection(name="x"),
+        "report": ReportSection(),
+        "finetuned": FinetunedSection(),
+        "faithfulness": FaithfulnessSection(),
+    }
     values = {name: section.model_dump() for name, section in sections.items()}
     return flatten(values | RunConfig().model_dump())
 

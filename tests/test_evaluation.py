@@ -23,7 +23,7 @@ from iprox.numerics.flops import Linear, Network
 from iprox.stages import evaluation
 from iprox.store.job import Job
 from iprox.store.tables import read_table, write_table
-from iprox.study.schema import ChatSection
+from iprox.study.schema import ChatSection, EvaluateSection
 
 
 @pytest.fixture
@@ -64,8 +64,21 @@ def item(example_id: str, kind: str, answer: str, **changes: Any) -> dict[str, A
         "choices": [],
         "answer": answer,
         "answers": [answer],
+        "plain": False,
+        "shots": [],
+        "passages": [],
     }
     return row | changes
+
+
+def shown(n_shots: int, question: str = "2?", length: int = 30) -> dict[str, Any]:
+    """A plain prompt of 10 + n * 30 + 2 characters, which are tokens."""
+    shots = [f"{n}".rjust(length - 2, "s") + "\n\n" for n in range(n_shots)]
+    messages = [
+        {"role": "user", "content": "header...\n" + "".join(shots) + question},
+        {"role": "assistant", "content": " A"},
+    ]
+    return {"messages": messages, "prefix": "", "plain": True, "shots": shots}
 
 
 def make_job(tmp_path: Path, model: Path, rows: list[dict[str, Any]], kind: str = "mmlu") -> Job:
@@ -75,7 +88,7 @@ def make_job(tmp_path: Path, model: Path, rows: list[dict[str, Any]], kind: str 
     table = pa.Table.from_pylist(rows, schema=TEST_SCHEMA)
     write_table(task / "test.parquet", table, {"kind": kind})
     params = {
-        "evaluate": {"bootstrap": 50},
+        "evaluate": {"bootstrap": 50, "max_length": 200},
         "chat": {"max_length": 200},
         "compute": {"dtype": "float32", "attention": "eager"},
     }
@@ -286,14 +299,89 @@ def test_a_task_without_test_items_gives_no_metrics(
     assert "no test items" in caplog.text
 
 
+def preparation(tokenizer: Any, limit: int, kind: str = "mmlu") -> evaluation.Preparation:
+    chat, settings = ChatSection(max_length=limit), EvaluateSection(max_length=limit)
+    how = evaluation.generation_of({"kind": kind})
+    return evaluation.Preparation(tokenizer, chat, settings, 512, how)
+
+
+def test_plain_prompts_have_no_chat_template(tokenizer: Any) -> None:
+    item_ = preparation(tokenizer, 200)(item("a", "choice", " A", choices=[" A", " B"], **shown(2)))
+    assert tokenizer.decode(item_.prompt) == shown(2)["messages"][0]["content"]
+    assert [tokenizer.decode(c) for c in item_.completions] == [" A", " B"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"), [(200, 5), (164, 5), (163, 4), (134, 4), (133, 3), (44, 1)]
+)
+def test_worked_examples_that_do_not_fit_are_dropped_from_the_end(
+    tokenizer: Any, limit: int, kept: int
+) -> None:
+    """Header 10, five shots of 30, question 2, answer 2 tokens."""
+    row = item("a", "choice", " A", choices=[" A", " B"], **shown(5))
+    found = preparation(tokenizer, limit)(row)
+    assert (found.n_shots, found.n_shots_dropped) == (kept, 5 - kept)
+    assert tokenizer.decode(found.prompt) == shown(kept)["messages"][0]["content"]
+
+
+def test_the_next_question_has_all_its_worked_examples_again(
+    tmp_path: Path, target_folder: Path
+) -> None:
+    """What LESS's own script forgets."""
+    keys = {"choices": [" A", " B"]}
+    rows = [
+        item("long", "choice", " A", **keys, **shown(5, question="x" * 60)),
+        item("short", "choice", " A", **keys, **shown(5)),
+    ]
+    found, items = run(make_job(tmp_path, target_folder, rows))
+    assert [i["n_shots"] for i in items] == [4, 5]
+    assert [i["n_shots_dropped"] for i in items] == [1, 0]
+    assert found["items_fewer_shots"] == 1
+
+
+def test_a_context_that_cannot_hold_one_worked_example_is_an_error(tokenizer: Any) -> None:
+    row = item("a", "choice", " A", choices=[" A", " B"], **shown(5))
+    with pytest.raises(DataError, match="cannot hold one worked example") as caught:
+        preparation(tokenizer, 43)(row)
+    assert "42 tokens with one" in str(caught.value)
+    assert "43 tokens" in str(caught.value)
+    generated = item("a", "generate", " A", **shown(5))
+    with pytest.raises(DataError, match="cannot hold one worked example"):
+        preparation(tokenizer, 41, "tydiqa")(generated)
+
+
+def test_long_passages_are_cut_in_question_and_worked_examples(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "PASSAGE_TOKENS", 8)
+    shot = "Passage: the shot's own\nAnswer: x\n\n"
+    messages = [
+        {"role": "user", "content": f"Do.\n\n{shot}Passage: fünf und mehr\nQ?"},
+        {"role": "assistant", "content": "Answer: A"},
+    ]
+    passages = ["the shot's own", "fünf und mehr"]
+    row = item("a", "generate", "A", messages=messages, shots=[shot], passages=passages)
+    found = preparation(tokenizer, 500, "tydiqa")(row)
+    text = tokenizer.decode(found.prompt)
+    assert "Passage: the shot\nAnswer: x\n\nPassage: fünf un\nQ?" in text  # ü is two tokens
+    assert (found.n_cut, found.n_shots) == (2, 1)
+    whole = preparation(tokenizer, 500, "tydiqa")(row | {"passages": ["fünf"]})
+    assert "fünf und mehr" in tokenizer.decode(whole.prompt)
+    assert whole.n_cut == 0
+
+
 def test_unusable_items_are_errors(tmp_path: Path, tokenizer: Any) -> None:
-    prepare = evaluation.Preparation(tokenizer, ChatSection(), 512, True, "messages")
+    prepare = preparation(tokenizer, 512, "messages")
     with pytest.raises(DataError, match="none of its choices"):
         prepare(item("a", "choice", " E", choices=[" A"]))
     with pytest.raises(DataError, match="loss, choice, generate"):
         prepare(item("a", "essay", " E"))
     with pytest.raises(DataError, match="bbh, tydiqa"):
         prepare(item("a", "generate", " E"))
+    with pytest.raises(DataError, match="no answer"):
+        prepare(item("a", "generate", " E", answers=[" "]))
+    with pytest.raises(DataError, match="no answer"):
+        prepare(item("a", "generate", " E", answers=[]))
 
 
 def test_the_same_bytes_again(tmp_path: Path, target_folder: Path) -> None:
@@ -390,6 +478,10 @@ def test_work_counts_shared_contexts_once() -> None:
     rows = [{"n_tokens": 5}, {"n_tokens": 5}, {"n_tokens": 6, "generation": "four"}]
     found = evaluation.work([choice, longer, answer], rows, net)
     assert found["tokens"] == 3 + 4 + 6
-    likelihoods = 2 * (6 + 10) * (3 + 4) + 4 * 4 * (9 + 16)
+    likelihoods = 2 * (6 * (3 + 4) + 10 * (1 + 3)) + 4 * 4 * (9 + 16)
     generated = 2 * (6 * 6 + 10 * 5) + 4 * 4 * (4 + 2 * 4 + 8)
     assert found["flops"] == likelihoods + generated
+    alike = [evaluation.Prepared({}, [*range(8), n], ([5], [6])) for n in (20, 30)]
+    found = evaluation.work(alike, [{"n_tokens": 11}] * 2, net)
+    assert found["tokens"] == 8 + 1 + 1
+    assert found["flops"] == 2 * (6 * 10 + 10 * 2) + 4 * 4 * (64 + 2 * (81 - 64))

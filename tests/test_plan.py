@@ -48,6 +48,7 @@ CURVATURE = ["covariance", "curvature", "eigenvalues"]
 AFTER_RANKING = ["selection", "finetune", "evaluation"]
 
 CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "encoder.alpha": ({"encoder": {"alpha": 1.0}}, []),
     "proxy.sparsity": ({"proxy": {"sparsity": 0.3}}, ["factors", "proxy", *AFTER_PROXY]),
     "proxy.rank_allocation": (
         {"proxy": {"rank_allocation": "global"}},

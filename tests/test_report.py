@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ from iprox.errors import ArtifactError
 from iprox.report import selected, tables
 from iprox.report.artifacts import Artifact, Run, Study
 from iprox.report.charts import CSS_VARIABLES, short, spread_out
-from iprox.report.compare import intervals_overlap, paired_difference
+from iprox.report.compare import intervals_overlap, paired_difference, sign_flip_p
 from iprox.report.figures import layer_fidelity, pareto_front
 from iprox.report.formats import duration, interval, latex, markdown, number, scaled, signed
 from iprox.report.page import TEXT_LIMIT, searches_grid, sketches_grid
@@ -394,6 +396,28 @@ def test_agreement_is_spearmans_correlation(fixture: Fixture, study: Study) -> N
     assert hit["n"].item() == 40
 
 
+def test_overlaps_count_what_two_runs_share(fixture: Fixture, study: Study) -> None:
+    table = selected.overlaps(study).set_index(["task", "run_a", "run_b"])
+    chosen = {}
+    for run in ("full", "svd-0.5"):
+        rows = pd.read_parquet(fixture.parents[f"{run}/selection"] / "selection.parquet")
+        chosen[run] = set(rows.loc[rows["task"] == "bbh", "example_id"])
+    row = table.loc[("bbh", "full", "svd-0.5")]
+    both = chosen["full"] & chosen["svd-0.5"]
+    assert row["overlap"] == len(both) / min(map(len, chosen.values()))
+    assert row["jaccard"] == len(both) / len(chosen["full"] | chosen["svd-0.5"])
+    assert table.loc[("bbh", "full", "full"), "overlap"] == 1
+
+
+def test_a_selection_that_tasks_share_counts_for_each(tmp_path: Path) -> None:
+    rows = pd.DataFrame({"example_id": ["x", "y"], "task": ["bbh", "mmlu"]})
+    write_table(tmp_path / "selection.parquet", rows)
+    for how, expected in (("each", {"x"}), ("round_robin", {"x", "y"})):
+        params = {"select": {"tasks": how}}
+        artifact = Artifact(tmp_path, "selection", "i", {}, params, {})
+        assert selected.selected_ids(artifact, "bbh") == expected
+
+
 def test_composition_counts_every_selected_example(fixture: Fixture, study: Study) -> None:
     table = selected.composition(study)
     pool = pd.read_parquet(fixture.parents["pool"] / "pool.parquet").set_index("example_id")
@@ -487,6 +511,46 @@ def test_one_item_has_no_interval_and_settles_nothing() -> None:
     got = paired_difference(pd.Series([1.0], index=["a"]), pd.Series([9.0], index=["a"]))
     assert got.value == -8
     assert not got.beyond_noise
+
+
+def test_right_and_wrong_answers_are_tested_as_mcnemar_does() -> None:
+    """Items that both get right or wrong say nothing; 2 against 8 of the others do."""
+    first = pd.Series([1.0] * 8 + [0.0] * 2 + [1.0] * 30, index=range(40))
+    second = pd.Series([0.0] * 8 + [1.0] * 2 + [1.0] * 30, index=range(40))
+    tail = sum(math.comb(10, k) for k in range(3)) / 2**10
+    assert paired_difference(first, second).p_value == pytest.approx(2 * tail)
+    assert paired_difference(second, first).p_value == pytest.approx(2 * tail)
+    assert paired_difference(first, first).p_value == 1.0
+
+
+def test_the_sign_test_tries_every_pattern() -> None:
+    delta = np.random.default_rng(0).normal(0.5, 1.0, 9)
+    signs = np.array(list(itertools.product((-1, 1), repeat=9)))
+    means = (signs * delta).mean(1)
+    expected = (np.abs(means) >= abs(delta.mean()) * (1 - 1e-12)).mean()
+    assert sign_flip_p(delta) == pytest.approx(expected)
+    many = np.random.default_rng(1).normal(0.25, 1.0, 80)
+    normal = 2 * stats.norm.sf(abs(many.mean()) / (many.std(ddof=1) / math.sqrt(80)))
+    assert sign_flip_p(many) == pytest.approx(normal, rel=0.2)
+    assert sign_flip_p(many) == sign_flip_p(many)
+
+
+def test_every_two_selections_are_compared_item_by_item(study: Study) -> None:
+    table = tables.paired(study)
+    evaluated = {"base", *(run.group for run in study.runs if run.of("evaluation", study.tasks))}
+    pairs = {frozenset(pair) for pair in zip(table["a"], table["b"], strict=True)}
+    assert pairs == {frozenset(pair) for pair in itertools.combinations(evaluated, 2)}
+    assert table["p"].between(0, 1).all()
+    heldout = tables.heldout(study)
+    for row in table[(table["a"] == "base") & (table["metric"] == "loss")].itertuples():
+        alone = heldout[
+            (heldout["run"] == row.b)
+            & (heldout["task"] == row.task)
+            & (heldout["metric"] == "loss")
+        ]
+        if len(alone) == 1:  # a group of one run
+            assert alone["delta"].item() == pytest.approx(-row.difference)
+            assert alone["delta_p"].item() == pytest.approx(row.p)
 
 
 def test_models_without_a_common_item_cannot_be_compared() -> None:

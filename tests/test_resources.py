@@ -144,7 +144,8 @@ def test_rules_that_compute_on_the_device_ask_for_one_gpu_and_no_others() -> Non
                 assert "gpu=1," in rule or name == "ranking"  # by its scorer
                 asking.add(name)
     stages = {n.stage for n in plan().nodes.values() if uses_device(n)}
-    assert asking == stages
+    beside = {"small", "retrain", "faithfulness_table"}  # in no study's plan
+    assert asking == stages | beside
 
 
 @pytest.mark.parametrize("profile", ["default", "local", "cpu", "slurm", "kubernetes"])

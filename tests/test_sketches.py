@@ -33,6 +33,7 @@ EXAMPLES = random_examples(9)
 SECTIONS: dict[str, dict[str, Any]] = {
     "countsketch": {"kind": "countsketch", "dim": 64, "dtype": "float32", "seed": 3},
     "logra": {"kind": "logra", "rank": 3, "dtype": "float32", "seed": 3},
+    "lora": {"kind": "lora", "dim": 64, "rank": 3, "dtype": "float32", "seed": 3},
     "rademacher": {"kind": "random", "dim": 40, "dtype": "float32", "seed": 3},
     "gaussian": {
         "kind": "random",

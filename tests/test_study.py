@@ -24,6 +24,14 @@ def study(**changes: Any) -> Any:
     return parse_study(merge(body, changes))
 
 
+def test_graddot_is_a_dot_product_in_a_grid_of_estimators() -> None:
+    parsed = study(
+        influence={"score": "cosine"},
+        runs={"a": {"influence": {"estimator": ["tracin", "graddot"]}}},
+    )
+    assert [r.config.influence.score for r in parsed.runs] == ["cosine", "dot"]
+
+
 def test_later_sources_win() -> None:
     parsed = study(
         preset="paper",

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from iprox.data import bbh, lm_eval_files, mmlu
+from iprox.data import bbh, lm_eval_files, mmlu, pools
 from iprox.data.chat import encode
 from iprox.data.items import QUERY_SCHEMA, TEST_SCHEMA, spread
 from iprox.data.tasks import Item, Task, build_task
@@ -19,7 +19,7 @@ from iprox.errors import ConfigError, DataError
 from iprox.stages import task as task_stage
 from iprox.store.job import Job
 from iprox.store.tables import read_metadata, read_table
-from iprox.study.schema import TaskSection
+from iprox.study.schema import Hub, TaskSection
 
 LONG = 100_000
 
@@ -55,7 +55,7 @@ def question(subject: str, n: int, split: str = "dev", **changes: Any) -> dict[s
         "id": f"{subject}-{split}-{n}",
         "split": split,
         "subject": subject,
-        "question": f"What is {n}?",
+        "question": f"What is {n}?" if split == "dev" else f"What is {n}, again?",
         "A": "a0",
         "B": "None",
         "C": "c0",
@@ -108,8 +108,41 @@ def test_mmlu_test_items_are_choices(questions: Path) -> None:
     assert len(task.test) == 9
     item = task.test[2]
     assert (item.kind, item.choices, item.answers) == ("choice", (" A", " B", " C", " D"), (" C",))
+    assert item.plain
+    assert item.prefix + item.answers[0] == response(item) == " C"
+
+
+def test_mmlu_test_items_can_be_asked_as_queries_are(questions: Path) -> None:
+    keys = {"path": "mmlu.jsonl", "test": "mmlu.jsonl", "test_prompt": "query"}
+    item = build(questions, "mmlu", **keys).test[2]
+    assert not item.plain
+    assert item.shots == ()
     assert response(item) == "The answer is: C"
     assert item.prefix + item.answers[0] == response(item)
+    assert prompt(item).count("What is") == 1
+    assert prompt(build(questions, "mmlu", **keys, shots=2).test[2]).count("What is") == 3
+    assert prompt(build(questions, "mmlu", **keys, test_shots=4).test[2]).count("What is") == 5
+
+
+@pytest.mark.parametrize(("asked", "found"), [(None, 5), (0, 0), (3, 3)])
+def test_worked_examples_before_a_test_item(questions: Path, asked: int | None, found: int) -> None:
+    keys = {"path": "mmlu.jsonl", "test": "mmlu.jsonl", "test_shots": asked}
+    task = build(questions, "mmlu", **keys)
+    for item in task.test:
+        assert len(item.shots) == found
+        header, blank, rest = prompt(item).partition("\n\n")
+        assert header.endswith(item.subtask.replace("_", " ") + ".")
+        assert rest.startswith("".join(item.shots) + "What is ")
+    assert task.facts["n_test_fewer_shots"] == 0
+
+
+def test_fewer_worked_examples_than_the_benchmark_s_are_counted(questions: Path) -> None:
+    task = build(questions, "mmlu", path="mmlu.jsonl", heldout=1)
+    (choice,) = (item for item in task.test if item.kind == "choice")
+    assert len(choice.shots) == 4
+    assert task.facts["n_test_fewer_shots"] == 1
+    with pytest.raises(DataError, match=r"t\.test_shots"):
+        build(questions, "mmlu", path="mmlu.jsonl", heldout=1, test_shots=5)
 
 
 def test_mmlu_held_out_items_have_a_loss_and_choices(questions: Path) -> None:
@@ -164,9 +197,33 @@ def test_bbh_query(tmp_path: Path, tokenizer: Any) -> None:
 def test_bbh_test_items_are_generated_after_three_shots(tmp_path: Path) -> None:
     task = build(tmp_path, "bbh", **bbh_files(tmp_path))
     item = task.test[0]
-    assert prompt(item) == BBH_PROMPT.split("-----\n")[1].replace("one", "one 0") + "\n\nQ: new 0"
-    assert (item.kind, response(item), item.prefix) == ("generate", "A:", "A:")
+    whole = BBH_PROMPT.split("-----\n")[1].replace("one", "one 0") + "\n\nQ: new 0"
+    assert prompt(item) == whole + "\nA:"
+    assert (item.kind, item.plain, response(item), item.prefix) == ("generate", True, "", "")
     assert item.answers == ("(0)",)
+    assert len(item.shots) == 3
+    assert "".join(item.shots) in whole
+    item = build(tmp_path, "bbh", **bbh_files(tmp_path), test_prompt="query").test[0]
+    assert (prompt(item), item.plain) == (whole, False)
+    assert (response(item), item.prefix) == ("A:", "A:")
+
+
+def test_bbh_tests_at_most_forty_problems_of_a_task(tmp_path: Path) -> None:
+    files = bbh_files(tmp_path, tasks=1)
+    records = [
+        {"id": str(i), "task": "task_0", "input": f"new {i}", "target": "x"} for i in range(50)
+    ]
+    write(tmp_path / "bbh.jsonl", records)
+    assert len(build(tmp_path, "bbh", **files).test) == 40
+    assert len(build(tmp_path, "bbh", **files, test_per_subtask=45).test) == 45
+    assert len(build(tmp_path, "bbh", **files, test_limit=7).test) == 7
+
+
+def test_a_problem_without_an_answer_is_an_error(tmp_path: Path) -> None:
+    files = bbh_files(tmp_path, tasks=1)
+    write(tmp_path / "bbh.jsonl", [{"task": "task_0", "input": "q", "target": " "}])
+    with pytest.raises(DataError, match=r"no answer\n.*bbh.jsonl:1, field target"):
+        build(tmp_path, "bbh", **files)
 
 
 def passage(language: str, n: int = 0, **changes: Any) -> dict[str, Any]:
@@ -218,6 +275,8 @@ def test_tydiqa_test_items_have_one_shot(tmp_path: Path) -> None:
         "Passage: c0\nQuestion: q0?\nAnswer: a0\n\n"
         "Passage: c1\nQuestion: q1?"
     )
+    assert task.test[1].shots == ("Passage: c0\nQuestion: q0?\nAnswer: a0\n\n",)
+    assert task.test[1].passages == ("c0", "c1")
     assert task.test[1].answers == ("a1", "other")
     assert response(task.test[1]) == "Answer: a1"
 
@@ -235,6 +294,54 @@ def test_messages_are_taken_as_they_are(tmp_path: Path, tokenizer: Any) -> None:
     assert task.facts["n_dropped"] == 1
     rendered = tulu(task.queries[1], tokenizer)
     assert rendered == ("<|user|>\na\n\nb\n<|assistant|>\nc<|im_end|>\n", "c<|im_end|>")
+
+
+def test_data_sets_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records as cais/mmlu, lukaemon/bbh and google-research-datasets/tydiqa have them."""
+    bbh_files(tmp_path)
+    asked: list[Hub] = []
+    records = {
+        "mmlu": {"subject": "s", "question": "q", "choices": list("wxyz"), "answer": 3},
+        "bbh": {"input": "q", "target": "t"},
+        "tydiqa": {
+            "id": "finnish-7",
+            "title": "t",
+            "context": "c",
+            "question": "q?",
+            "answers": {"text": ["a", "b"], "answer_start": [0, 3]},
+        },
+    }
+
+    def load(hub: Hub) -> list[dict[str, Any]]:
+        asked.append(hub)
+        n = 1 if hub.split == "dev" else 2
+        name = hub.name.split("/")[1]
+        ids = [{} if name == "bbh" else {"id": f"finnish-{hub.split}{i}"} for i in range(n)]
+        return [records[name] | i for i in ids]
+
+    monkeypatch.setattr(pools, "load_hub", load)
+    for kind in records:
+        keys: dict[str, Any] = {"test_hub": {"name": f"x/{kind}", "split": "test"}}
+        keys["allow_contaminated"] = True
+        if kind == "bbh":
+            keys["prompts"] = "prompts.json"
+        else:
+            keys["hub"] = {"name": f"x/{kind}", "split": "dev"}
+        task = build(tmp_path, kind, **keys)
+        assert task.facts["test_source"] == f"x/{kind}"
+        if kind == "bbh":
+            assert [(h.config, h.split) for h in asked[-2:]] == [
+                ("task_0", "test"),
+                ("task_1", "test"),
+            ]
+            assert [t.subtask for t in task.test] == ["task_0"] * 2 + ["task_1"] * 2
+        else:
+            assert task.facts["source"] == f"x/{kind}"
+        if kind == "tydiqa":
+            assert task.test[0].answers == ("a", "b")
+            assert {t.subtask for t in task.test} == {"finnish"}
+    with pytest.raises(ValueError, match="path or hub, not both"):
+        build(tmp_path, "mmlu", path="a", hub={"name": "b"})
 
 
 # --- draws ---------------------------------------------------------------------------------
@@ -446,7 +553,8 @@ def test_the_stage_writes_equal_bytes(questions: Path, tmp_path: Path) -> None:
     queries, test = (tmp_path / "one" / name for name in ("queries.parquet", "test.parquet"))
     assert pq.read_schema(queries).remove_metadata().equals(QUERY_SCHEMA)
     assert pq.read_schema(test).remove_metadata().equals(TEST_SCHEMA)
-    assert read_metadata(queries) == read_metadata(test) == metrics
+    assert read_metadata(queries) == read_metadata(test)
+    assert metrics == read_metadata(test) | {"n_contaminated": 0}
     assert metrics["source"] == "mmlu.jsonl"
     assert (metrics["n_queries"], metrics["n_test"], metrics["n_test_choice"]) == (6, 3, 3)
     rows = read_table(test)
@@ -532,7 +640,9 @@ def test_a_package_file_of_another_form_is_refused(tmp_path: Path, text: str) ->
 @pytest.mark.shared_data
 def test_real_mmlu(shared_data: Path) -> None:
     path = "mmlu/mmlu.parquet"
-    task = build(shared_data, "mmlu", path=path, test=path)
+    with pytest.raises(DataError, match="5 found"):
+        build(shared_data, "mmlu", path=path, test=path)
+    task = build(shared_data, "mmlu", path=path, test=path, allow_contaminated=True)
     assert set(Counter(q.subtask for q in task.queries).values()) == {5}
     assert len(task.queries) == 285
     assert len(task.test) == 14_042
@@ -569,7 +679,7 @@ def test_real_bbh_equals_lm_eval_s_but_for_spaces(shared_data: Path) -> None:
     ours = build(shared_data, "bbh", prompts="bbh/cot_prompts.json", test="bbh/bbh.parquet")
     shipped = build(shared_data, "bbh")
     assert len(ours.queries) == 81
-    assert len(ours.test) == 6_511
+    assert len(ours.test) == 27 * 40
     for a, b in zip(ours.queries, shipped.queries, strict=True):
         assert (a.example_id, a.prefix) == (b.example_id, b.prefix)
         assert prompt(a).split() == prompt(b).split()
@@ -590,7 +700,7 @@ def test_real_bbh_prompts_are_less_s(shared_data: Path) -> None:
     assert len(task.test) == 27
     for item in task.test:
         body = "\n".join(prompts[item.subtask].split("\n")[2:]).strip()
-        assert prompt(item) == f"{body}\n\nQ: {inputs[item.example_id]['input']}"
+        assert prompt(item) == f"{body}\n\nQ: {inputs[item.example_id]['input']}\nA:"
 
 
 @pytest.mark.shared_data

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
+from conftest import ARCHITECTURES, save_tiny_encoder, tiny_model, tiny_tokenizer
 
 from iprox.stages.feature_store import read_features
 from iprox.store.manifest import check
@@ -436,3 +436,45 @@ def test_lint_is_clean() -> None:
         [sys.executable, "-m", "snakemake", "--lint"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_encoder_learns_from_a_proxy_and_serves_a_new_pool(tmp_path: Path) -> None:
+    """The same folder then ranks another pool with no model but the encoder."""
+    write_inputs(tmp_path)
+    save_tiny_encoder(tmp_path / "encoder")
+    split = {"warmup": 4, "probe": 6, "align": 6, "fidelity": 8, "teach": 10}
+    section = {"model": "encoder", "max_length": 64, "max_cut": 1.0, "epochs": 1}
+    runs = {
+        "taught": {
+            "scorer": {"kind": "influcoder"},
+            "features": {"kind": "lora", "dim": 64, "rank": 4},
+            "proxy": {"kind": "svd"},
+            "align": {"epochs": 0},
+            "until": "selection",
+        }
+    }
+    config = study(runs=runs, split=split, encoder=section)
+    snakemake(tmp_path, config)
+    run = tmp_path / "results/studies/tiny/taught"
+    ranked = pd.read_parquet(run / "ranking/ranking.parquet")
+    assert len(ranked) == 24
+    metrics = set(pd.read_parquet(run / "fidelity/fidelity.parquet")["metric"])
+    assert {"spearman", "teacher_spearman"} <= metrics
+    assert snakemake(tmp_path, config).count("Nothing to be done") == 1
+
+    write_inputs(tmp_path, examples=30)
+    again = {
+        "new": {
+            "scorer": {"kind": "influcoder"},
+            "until": "ranking",
+            "fidelity": {"enabled": False},
+        }
+    }
+    taught = section | {"model": os.path.relpath((run / "encoder").resolve(), tmp_path)}
+    later = study(study="later", runs=again, encoder=taught | {"train": False})
+    made = jobs(snakemake(tmp_path, later, "rankings"))
+    assert made["embeddings_shard"] == 2
+    assert not {"target", "warmup", "features_shard", "encoder"} & set(made)
+    assert (
+        len(pd.read_parquet(tmp_path / "results/studies/later/new/ranking/ranking.parquet")) == 30
+    )

@@ -33,6 +33,12 @@ FILES = {
     "query": ["query.zarr/zarr.json"],
     "direction": ["query.zarr/zarr.json"],
     "features": [],
+    "query_sketches": ["rows.zarr/zarr.json"],
+    "backbone": ["config.json", "encoder.json"],
+    "encoder": ["config.json", "encoder.json", "quality.parquet"],
+    "embeddings": [],
+    "head": ["rows.zarr/zarr.json", "quality.parquet"],
+    "query_embeddings": ["rows.zarr/zarr.json"],
     "ranking": ["ranking.parquet"],
     "fidelity": ["fidelity.parquet", "layers.parquet"],
     "selection": ["selection.parquet", "selected.jsonl"],
@@ -40,6 +46,9 @@ FILES = {
     "evaluation": ["items.parquet", "metrics.json"],
     "report": ["index.html", "summary.txt"],
     "synthetic": ["retention.parquet", "retention.svg"],
+    "small": ["examples.parquet", "start/config.json", "full/config.json"],
+    "retrain": ["losses.parquet"],
+    "faithfulness": ["faithfulness.parquet", "summary.txt"],
 }
 SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
 
@@ -88,11 +97,11 @@ def parent(stage, role):
     return find
 
 
-def all_parents(stage, prefix=""):
+def all_parents(stage, prefix="", plan=PLAN):
     """Input function: every parent whose role starts with a prefix."""
 
     def find(wildcards):
-        parents = PLAN.node(stage, wildcards.id).parents
+        parents = plan.node(stage, wildcards.id).parents
         return [
             f
             for role, node in parents.items()
@@ -111,16 +120,16 @@ def raw_files(stage):
     ]
 
 
-def spec(stage):
+def spec(stage, plan=PLAN):
     """Parameter: everything that went into the identity of this artifact."""
-    return lambda wildcards: PLAN.node(stage, wildcards.id).spec
+    return lambda wildcards: plan.node(stage, wildcards.id).spec
 
 
-def parents(stage):
+def parents(stage, plan=PLAN):
     """Parameter: manifest of every parent by role."""
     return lambda wildcards: {
         role: str(node.manifest)
-        for role, node in PLAN.node(stage, wildcards.id).parents.items()
+        for role, node in plan.node(stage, wildcards.id).parents.items()
     }
 
 

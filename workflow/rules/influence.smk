@@ -110,9 +110,7 @@ rule ranking:
 rule fidelity:
     # How well a proxy's scores agree with the target's.
     input:
-        proxy=parent("fidelity", "proxy"),
-        target=parent("fidelity", "target"),
-        queries=all_parents("fidelity", "proxy_query/"),
+        all_parents("fidelity"),
     output:
         files("fidelity"),
         manifest=manifest("fidelity"),

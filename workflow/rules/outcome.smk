@@ -2,10 +2,9 @@
 
 
 rule selection:
-    # The best examples for each task.
+    # The best examples for each task, or for all together.
     input:
-        ranking=parent("selection", "ranking"),
-        pool=parent("selection", "pool"),
+        all_parents("selection"),
     output:
         files("selection"),
         manifest=manifest("selection"),

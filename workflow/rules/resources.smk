@@ -49,6 +49,11 @@ def small_mem(wildcards, attempt):
     return 1000 * attempt
 
 
+def tiny_model_mem(wildcards, attempt):
+    """Main memory in MB of a job that trains or reads a tiny model."""
+    return 2000 * attempt
+
+
 def small_runtime(wildcards, attempt):
     """Minutes of such a job."""
     return 60 * attempt

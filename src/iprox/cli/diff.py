@@ -239,14 +239,35 @@ def agreement(a: pd.DataFrame, b: pd.DataFrame) -> tuple[int, int, int, float | 
 
 
 def _evaluations(name: str, first: Path, second: Path) -> list[Facts | Table]:
-    """Metrics of two evaluations side by side."""
+    """Metrics of two evaluations side by side; means over items also paired, item by item."""
     a, b = (read_json(folder / "metrics.json") for folder in (first, second))
     rows = []
     for metric in dict.fromkeys([*a, *b]):
         values = [_value(side.get(metric)) for side in (a, b)]
         if any(value is not None for value in values):
             rows.append([metric, *values, _difference(*values)])
-    return [Table(f"{name}: metrics", ["metric", "A", "B", "B - A"], rows)]
+    blocks: list[Facts | Table] = [Table(f"{name}: metrics", ["metric", "A", "B", "B - A"], rows)]
+    tables = _both(first, second, "items.parquet")
+    tested = _paired(*tables, a.keys() & b.keys()) if tables is not None else []
+    if tested:
+        columns = ["metric", "items", "B - A", "low", "high", "p"]
+        blocks.append(Table(f"{name}: on the same items (95 % interval, test)", columns, tested))
+    return blocks
+
+
+def _paired(a: pd.DataFrame, b: pd.DataFrame, measured: set[str]) -> list[list[Any]]:
+    """Paired difference, interval and test of every measured metric that is a mean over items."""
+    from iprox.report.compare import paired_difference
+    from iprox.report.tables import ITEMS, values_of
+
+    rows = []
+    for metric in (m for m in ITEMS if m in measured):
+        first, second = values_of(a, metric), values_of(b, metric)
+        if first is None or second is None or first.index.intersection(second.index).empty:
+            continue
+        d = paired_difference(second, first)
+        rows.append([metric, d.n, d.value, d.low, d.high, d.p_value])
+    return rows
 
 
 def _value(entry: Any) -> float | None:

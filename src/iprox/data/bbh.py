@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from iprox.data.items import (
     Item,
     Task,
+    development_source,
     divide,
     draw_test,
     exchange,
     file_rows,
+    recognise,
     row_id,
     shots_for,
     task_facts,
+    test_shots_for,
     text_field,
 )
 from iprox.data.lm_eval_files import shipped_tasks
-from iprox.data.pools import Row
+from iprox.data.pools import Row, hub_rows
 from iprox.data.sources import data_path
 from iprox.errors import ConfigError, DataError, did_you_mean
 from iprox.study.schema import TaskSection
@@ -31,6 +34,8 @@ THINK = "Let's think step by step.\n"
 
 CANARY_RULE = "\n-----\n"
 N_WORKED = 3
+TESTED_PER_TASK = 40
+"""Problems of a task that LESS evaluates on, at most."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +58,32 @@ class Problem:
     reasoning: str = ""
     target: str = ""
 
+    def shapes(self) -> tuple[str, ...]:
+        """The question, and with what the task asks."""
+        return self.question, f"{self.instruction}\n{self.question}"
 
-def bbh_item(problem: Problem, shots: Sequence[Problem]) -> Item:
-    """LESS's BBH format: task text, worked examples, the question; completion after ``A:``."""
-    worked = [f"Q: {s.question}\nA: {s.reasoning}" for s in shots]
-    asked = "\n\n".join([problem.instruction, *worked, f"Q: {problem.question}"])
+
+def bbh_item(problem: Problem, shots: Sequence[Problem], *, plain: bool = False) -> Item:
+    """LESS's BBH formats: task text, worked examples, the question; completion after ``A:``.
+
+    Args:
+        problem: What is asked.
+        shots: Worked examples before it.
+        plain: The format of its evaluation, without chat template; of its queries otherwise.
+    """
+    worked = tuple(f"Q: {s.question}\nA: {s.reasoning}\n\n" for s in shots)
+    asked = "".join([f"{problem.instruction}\n\n", *worked, f"Q: {problem.question}"])
+    answer = f"A: {problem.reasoning}" if problem.reasoning else "A:"
     return Item(
         example_id=problem.example_id,
         subtask=problem.subtask,
-        messages=exchange(asked, f"A: {problem.reasoning}" if problem.reasoning else "A:"),
-        prefix="A:",
+        messages=exchange(f"{asked}\nA:", "") if plain else exchange(asked, answer),
+        prefix="" if plain else "A:",
         eos=False,
         kind="generate" if problem.target else "loss",
         answers=(problem.target,) if problem.target else (),
+        plain=plain,
+        shots=worked if plain else (),
     )
 
 
@@ -73,17 +91,18 @@ def build(section: TaskSection, data_dir: Path) -> Task:
     """Queries and test items of BBH.
 
     The prompt of a query shows the other worked examples of its task, those of a held-out
-    example and of a test item the ones that are not held out. Test items are generated.
+    example and of a test item the ones that are not held out. Test items, at most 40 of a
+    task, are generated after three worked examples.
 
     Raises:
         ConfigError: A key does not go with this kind.
         DataError: A file or record cannot be used, or there are fewer examples than asked for.
     """
-    if section.path is not None:
+    if section.path is not None or section.hub is not None:
         raise ConfigError(
             "bbh takes its development examples from prompts",
             where=f"tasks.{section.name}.path",
-            value=section.path,
+            value=development_source(section),
             fix="give the file of 3-shot prompts as prompts, and test items as test",
         )
     if section.prompts is None:
@@ -93,16 +112,32 @@ def build(section: TaskSection, data_dir: Path) -> Task:
         development, source = bbh_prompts(path), section.prompts
     queries, heldout, shown = divide(section, development)
 
-    def item(problem: Problem) -> Item:
+    def query(problem: Problem) -> Item:
         return bbh_item(problem, shots_for(section, problem, shown, default=None))
 
-    test = [item(p) for p in heldout]
-    if section.test is not None:
+    def generated(problem: Problem) -> Item:
+        shots = test_shots_for(section, problem, shown, benchmark=N_WORKED, query=None)
+        return bbh_item(problem, shots, plain=section.test_prompt == "benchmark")
+
+    test = [query(p) for p in heldout]
+    drawn: list[Problem] = []
+    if section.has_test:
         instructions = {p.subtask: p.instruction for p in development}
-        problems = bbh_problems(file_rows(section, "test", data_dir), instructions)
-        test += [item(p) for p in draw_test(section, problems, [*queries, *heldout])]
-    asked = [item(p) for p in queries]
-    return Task(asked, test, task_facts(section, source, asked, test))
+        problems = bbh_problems(_test_rows(section, instructions, data_dir), instructions)
+        drawn = draw_test(section, problems, [*queries, *heldout], TESTED_PER_TASK)
+        test += [generated(p) for p in drawn]
+    asked = [query(p) for p in queries]
+    facts = task_facts(section, source, asked, test, standard_shots=N_WORKED)
+    return Task(asked, test, facts, recognise(section, development, drawn))
+
+
+def _test_rows(section: TaskSection, tasks: Iterable[str], data_dir: Path) -> list[Row]:
+    """Test records; of a hub data set with a configuration for each task, of all of them."""
+    hub = section.test_hub
+    if hub is None or hub.config is not None:
+        return file_rows(section, "test", data_dir)
+    by_task = ((task, hub_rows(hub.model_copy(update={"config": task}))) for task in tasks)
+    return [replace(r, fields={**r.fields, "task": task}) for task, rows in by_task for r in rows]
 
 
 def bbh_prompts(path: Path) -> list[Problem]:
@@ -151,7 +186,7 @@ def bbh_problems(rows: Iterable[Row], instructions: dict[str, str]) -> list[Prob
         instructions: What each task asks, from the development examples.
 
     Raises:
-        DataError: A field is missing, or a task has no development examples.
+        DataError: A field is missing, an answer is empty, or a task has no development examples.
     """
     problems: list[Problem] = []
     for row in rows:
@@ -163,6 +198,8 @@ def bbh_problems(rows: Iterable[Row], instructions: dict[str, str]) -> list[Prob
                 value=task,
                 allowed=did_you_mean(task, instructions),
             )
+        if not text_field(row, "target").strip():
+            raise DataError("a test item has no answer", where=f"{row.where}, field target")
         problems.append(
             Problem(
                 example_id=row_id(row, f"{task}-{len(problems):05d}"),

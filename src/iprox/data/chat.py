@@ -116,6 +116,11 @@ def encode_prompt(
     return _tokenize(before, tokenizer, max_length=2**31, example_id="").input_ids
 
 
+def encode_plain(text: str, tokenizer: Any) -> list[int]:
+    """Ids of a prompt without a chat template; with whatever the tokenizer puts before a text."""
+    return list(tokenizer(text)["input_ids"])
+
+
 def completion_ids(text: str, tokenizer: Any) -> list[int]:
     """Ids of a completion (a choice, say), tokenised as :func:`encode` does after a prompt."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from iprox.data.items import Item, Task, divide, draw_test, refuse_prompts, task_facts, task_file
+from iprox.data.items import (
+    Item,
+    Task,
+    development_source,
+    divide,
+    draw_test,
+    recognise,
+    refuse_prompts,
+    task_facts,
+    task_file,
+)
 from iprox.data.pools import Candidate, Message, read_candidates
 from iprox.data.sources import Source
 from iprox.errors import ConfigError
@@ -19,6 +29,11 @@ class Conversation:
     example_id: str
     subtask: str
     messages: tuple[Message, ...]
+
+    def shapes(self) -> tuple[str, ...]:
+        """All turns, and all but the last."""
+        texts = [message["content"] for message in self.messages]
+        return tuple("\n".join(some) for some in (texts, texts[:-1]) if some)
 
 
 def build(section: TaskSection, data_dir: Path) -> Task:
@@ -40,17 +55,18 @@ def build(section: TaskSection, data_dir: Path) -> Task:
         )
     development, dropped = _conversations(section, "path", data_dir)
     queries, heldout, _ = divide(section, development)
-    tested = list(heldout)
-    if section.test is not None:
+    drawn: list[Conversation] = []
+    if section.has_test:
         items, dropped_test = _conversations(section, "test", data_dir)
-        tested += draw_test(section, items, [*queries, *heldout])
+        drawn = draw_test(section, items, [*queries, *heldout])
         dropped += dropped_test
 
     def item(c: Conversation) -> Item:
         return Item(c.example_id, c.subtask, c.messages, prefix="", eos=True)
 
-    asked, test = [item(c) for c in queries], [item(c) for c in tested]
-    return Task(asked, test, task_facts(section, str(section.path), asked, test, dropped))
+    asked, test = [item(c) for c in queries], [item(c) for c in [*heldout, *drawn]]
+    facts = task_facts(section, development_source(section), asked, test, dropped)
+    return Task(asked, test, facts, recognise(section, development, drawn))
 
 
 def _conversations(

@@ -11,7 +11,8 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from iprox.data.pools import MESSAGES_TYPE, Message, Row, draw_key, explicit_id, read_rows
+from iprox.data.contamination import Recognisable, Text, in_test, refuse, texts_of
+from iprox.data.pools import MESSAGES_TYPE, Message, Row, draw_key, explicit_id, hub_rows, read_rows
 from iprox.data.sources import data_path
 from iprox.errors import ConfigError, DataError
 from iprox.study.schema import TaskSection
@@ -39,6 +40,9 @@ TEST_SCHEMA = pa.schema(
         ("choices", pa.list_(pa.string())),
         ("answer", pa.string()),
         ("answers", pa.list_(pa.string())),
+        ("plain", pa.bool_()),
+        ("shots", pa.list_(pa.string())),
+        ("passages", pa.list_(pa.string())),
     ]
 )
 
@@ -77,6 +81,10 @@ class Item:
             ``generate`` (compare what is generated with ``answers``).
         choices: Completions to choose from.
         answers: Accepted answers; of ``choice`` the right one of ``choices``.
+        plain: Whether the first message is the whole prompt, without a chat template.
+        shots: Worked examples as the first message has them, one behind the other: the last
+            ones are left out where a context is too small.
+        passages: Parts of the first message that are cut when they are long.
     """
 
     example_id: str
@@ -87,6 +95,9 @@ class Item:
     kind: str = "loss"
     choices: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
+    plain: bool = False
+    shots: tuple[str, ...] = ()
+    passages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,11 +108,13 @@ class Task:
         queries: What influence is measured on.
         test: What models are evaluated on; empty when nothing was held out.
         facts: Source and counts, for the tables' metadata.
+        texts: What its examples say, to find them elsewhere.
     """
 
     queries: list[Item]
     test: list[Item]
     facts: Facts = field(default_factory=dict)
+    texts: list[Text] = field(default_factory=list)
 
 
 def query_table(task: Task) -> pa.Table:
@@ -135,6 +148,9 @@ def item_table(task: Task) -> pa.Table:
             "choices": list(t.choices),
             "answer": t.answers[0] if t.answers else "",
             "answers": list(t.answers),
+            "plain": t.plain,
+            "shots": list(t.shots),
+            "passages": list(t.passages),
         }
         for t in task.test
     ]
@@ -196,15 +212,20 @@ def divide(
 
 
 def shots_for(
-    section: TaskSection, example: ExampleT, shown: Sequence[ExampleT], default: int | None
+    section: TaskSection,
+    example: ExampleT,
+    shown: Sequence[ExampleT],
+    default: int | None,
+    key: str = "shots",
 ) -> list[ExampleT]:
     """Worked examples for a prompt: the first others of the subtask, in their order.
 
     Args:
-        section: ``shots`` of the config.
+        section: The task.
         example: The example that is asked; never among its own worked examples.
         shown: Examples that may be shown: none of them held out.
-        default: Number when the config says nothing; None for all there are.
+        default: Number when the config says nothing, at most all there are; None for all.
+        key: Which key of the config says: ``shots`` or ``test_shots``.
 
     Raises:
         DataError: The config asks for more than the subtask has.
@@ -212,15 +233,56 @@ def shots_for(
     others = [
         s for s in shown if s.subtask == example.subtask and s.example_id != example.example_id
     ]
-    if section.shots is not None and section.shots > len(others):
+    asked: int | None = getattr(section, key)
+    if asked is not None and asked > len(others):
         raise DataError(
             "a subtask has fewer worked examples than asked for",
-            where=f"tasks.{section.name}.shots, subtask {example.subtask}",
-            value=section.shots,
+            where=f"tasks.{section.name}.{key}, subtask {example.subtask}",
+            value=asked,
             allowed=f"at most {len(others)}: others of the subtask that are not held out",
-            fix="lower shots or heldout",
+            fix=f"lower {key} or heldout",
         )
-    return others[: default if section.shots is None else section.shots]
+    return others[: default if asked is None else asked]
+
+
+def recognise(
+    section: TaskSection, development: Sequence[Recognisable], test: Sequence[Recognisable]
+) -> list[Text]:
+    """What a task's examples say; none of the first may be among the second.
+
+    Raises:
+        DataError: Some are, and the config does not allow it.
+    """
+    texts = texts_of(development, test)
+    where, key = f"tasks.{section.name}", "allow_contaminated of the task"
+    place, allowed = "its test set", section.allow_contaminated
+    refuse(in_test(texts), where=where, place=place, allowed=allowed, key=key)
+    return texts
+
+
+def test_shots_for(
+    section: TaskSection,
+    example: ExampleT,
+    shown: Sequence[ExampleT],
+    *,
+    benchmark: int,
+    query: int | None,
+) -> list[ExampleT]:
+    """Worked examples of a test item: the config's number, else that of its kind of prompt.
+
+    Args:
+        section: The task.
+        example: The item that is asked.
+        shown: Examples that may be shown.
+        benchmark: The benchmark's number.
+        query: The queries' number when the config says nothing of them either; None for all.
+
+    Raises:
+        DataError: The config asks for more than the subtask has.
+    """
+    if section.test_shots is None and section.test_prompt == "query":
+        return shots_for(section, example, shown, query)
+    return shots_for(section, example, shown, benchmark, "test_shots")
 
 
 def check_ids(section: TaskSection, examples: Sequence[Example]) -> None:
@@ -240,14 +302,20 @@ def check_ids(section: TaskSection, examples: Sequence[Example]) -> None:
 
 
 def draw_test(
-    section: TaskSection, items: Sequence[ExampleT], used: Sequence[Example]
+    section: TaskSection,
+    items: Sequence[ExampleT],
+    used: Sequence[Example],
+    per_subtask: int | None = None,
 ) -> list[ExampleT]:
     """Test examples of a file, as many as the config says, spread over subtasks.
+
+    Of each subtask there are at most ``test_per_subtask``, or the benchmark's own number.
 
     Args:
         section: The task.
         items: All examples of the file.
         used: Queries and held-out examples.
+        per_subtask: Examples of a subtask at most, when the config says nothing.
 
     Raises:
         DataError: There are none, two have one id, or one is also among ``used``.
@@ -261,7 +329,16 @@ def draw_test(
             value=f"{len(both)} ids, for example {min(both)}",
             fix="use another file, or hold examples out with heldout",
         )
-    return spread(items, section.test_limit, section.seed, "test")
+    most = section.test_per_subtask or per_subtask
+    return spread(_capped(items, most, section.seed), section.test_limit, section.seed, "test")
+
+
+def _capped(items: Sequence[ExampleT], most: int | None, seed: int) -> list[ExampleT]:
+    """At most so many of each subtask, drawn for each by itself."""
+    by_subtask: dict[str, list[ExampleT]] = defaultdict(list)
+    for item in items:
+        by_subtask[item.subtask].append(item)
+    return [i for some in by_subtask.values() for i in spread(some, most, seed, "subtask")]
 
 
 def task_facts(
@@ -270,18 +347,29 @@ def task_facts(
     queries: Sequence[Item],
     test: Sequence[Item],
     dropped: int = 0,
+    standard_shots: int = 0,
 ) -> Facts:
-    """Source and counts of a task; also logged."""
+    """Source and counts of a task; also logged.
+
+    Args:
+        section: The task.
+        source: Where its development examples are from.
+        queries: Its queries.
+        test: Its test items.
+        dropped: Examples left out.
+        standard_shots: Worked examples before a test item of the benchmark.
+    """
     facts: Facts = {
         "task": section.name,
         "kind": section.kind,
         "source": source,
-        "test_source": section.test or ("held out" if section.heldout else "none"),
+        "test_source": _test_source(section),
         "n_dropped": dropped,
         "n_queries": len(queries),
         "n_subtasks": len({q.subtask for q in queries}),
         "n_heldout": section.heldout,
         "n_test": len({t.example_id for t in test}),
+        "n_test_fewer_shots": _fewer_shots(section, test, standard_shots),
     }
     for kind in ("loss", "choice", "generate"):
         facts[f"n_test_{kind}"] = sum(t.kind == kind for t in test)
@@ -298,12 +386,47 @@ def task_facts(
     return facts
 
 
+def development_source(section: TaskSection) -> str:
+    """File or hub data set of a task's development examples."""
+    return section.hub.name if section.hub is not None else str(section.path)
+
+
+def _test_source(section: TaskSection) -> str:
+    if section.test_hub is not None:
+        return section.test_hub.name
+    return section.test or ("held out" if section.heldout else "none")
+
+
 def exchange(prompt: str, response: str) -> tuple[Message, ...]:
     """One user turn and the assistant's answer."""
     return (
         {"role": "user", "content": prompt},
         {"role": "assistant", "content": response},
     )
+
+
+def _fewer_shots(section: TaskSection, test: Sequence[Item], standard: int) -> int:
+    """Test items with fewer worked examples than the benchmark has; also logged.
+
+    Args:
+        section: The task; where it says a number itself, none is missing.
+        test: The items.
+        standard: The benchmark's number.
+    """
+    if section.test_shots is not None or section.test_prompt == "query":
+        return 0
+    asked = [item for item in test if item.kind != "loss"]
+    fewer = sum(len(item.shots) < standard for item in asked)
+    if fewer:
+        log.warning(
+            "%d of %d test items of %s have fewer than %d worked examples: the others of their "
+            "subtask are too few, or held out",
+            fewer,
+            len(asked),
+            section.name,
+            standard,
+        )
+    return fewer
 
 
 def refuse_prompts(section: TaskSection) -> None:
@@ -330,7 +453,20 @@ def task_file(section: TaskSection, key: str, data_dir: Path) -> tuple[str, Path
 
 
 def file_rows(section: TaskSection, key: str, data_dir: Path) -> list[Row]:
-    """Records of a task's file."""
+    """Records of a task's file, or of its data set on the hub.
+
+    Args:
+        section: The task.
+        key: ``path`` (or ``hub``) for development examples, ``test`` (or ``test_hub``).
+        data_dir: Folder that paths are relative to.
+
+    Raises:
+        ConfigError: The config names neither.
+        DataError: It cannot be read.
+    """
+    hub = section.hub if key == "path" else section.test_hub
+    if hub is not None:
+        return hub_rows(hub)
     relative, path = task_file(section, key, data_dir)
     return read_rows(path, relative)
 

@@ -11,16 +11,19 @@ from pathlib import Path
 from iprox.data.items import (
     Item,
     Task,
+    development_source,
     divide,
     draw_test,
     exchange,
     file_rows,
     needed,
     of_split,
+    recognise,
     refuse_prompts,
     row_id,
     shots_for,
     task_facts,
+    test_shots_for,
     text_field,
 )
 from iprox.data.lm_eval_files import ShippedTask, shipped_tasks
@@ -31,6 +34,8 @@ from iprox.study.schema import TaskSection
 log = logging.getLogger(__name__)
 
 LETTERS = "ABCD"
+TEST_SHOTS = 5
+"""Worked examples before a test question."""
 
 
 @dataclass(frozen=True)
@@ -43,34 +48,45 @@ class Question:
     choices: tuple[str, ...]
     answer: str
 
+    def shapes(self) -> tuple[str, ...]:
+        """The question with its choices, and as a query asks it."""
+        return self.block().removesuffix("\nAnswer:"), mmlu_item(self, ()).messages[0]["content"]
+
     def block(self) -> str:
         """The question with its choices, up to ``Answer:``."""
         lines = [f"{letter}. {c}" for letter, c in zip(LETTERS, self.choices, strict=True)]
         return "\n".join([self.question, *lines, "Answer:"])
 
 
-def mmlu_item(question: Question, shots: Sequence[Question], kind: str = "loss") -> Item:
-    """LESS's MMLU format; its header has two spaces after "about".
+def mmlu_item(
+    question: Question, shots: Sequence[Question], kind: str = "loss", *, plain: bool = False
+) -> Item:
+    """LESS's MMLU formats; their header has two spaces after "about".
 
     Args:
         question: What is asked.
         shots: Worked examples before it.
         kind: ``loss``, or ``choice`` among the four letters.
+        plain: The format of its evaluation: the answer follows ``Answer:``, without chat
+            template; of its queries otherwise.
     """
     subject = question.subtask.replace("_", " ")
-    header = f"The following are multiple choice questions (with answers) about  {subject}."
-    worked = [f"{shot.block()} {shot.answer}" for shot in shots]
-    prefix = "The answer is:"
+    header = f"The following are multiple choice questions (with answers) about  {subject}.\n\n"
+    worked = tuple(f"{shot.block()} {shot.answer}\n\n" for shot in shots)
+    prefix = "" if plain else "The answer is:"
     answer = f" {question.answer}"
+    prompt = "".join([header, *worked, question.block()])
     return Item(
         example_id=question.example_id,
         subtask=question.subtask,
-        messages=exchange("\n\n".join([header, *worked, question.block()]), prefix + answer),
+        messages=exchange(prompt, prefix + answer),
         prefix=prefix,
         eos=False,
         kind=kind,
         choices=tuple(f" {letter}" for letter in LETTERS) if kind == "choice" else (),
         answers=(answer,),
+        plain=plain,
+        shots=worked if plain else (),
     )
 
 
@@ -78,31 +94,37 @@ def build(section: TaskSection, data_dir: Path) -> Task:
     """Queries and test items of MMLU.
 
     Queries are development questions without worked examples, unless ``shots`` asks for some.
-    A held-out question is tested for its loss and for the likelihoods of its choices, a
-    question of a test file for the latter.
+    A held-out question is tested for its loss, asked as a query is, and for the likelihoods of
+    its choices, a question of a test file for the latter: after five worked examples.
 
     Raises:
         ConfigError: A key does not go with this kind.
         DataError: A file or record cannot be used, or there are fewer examples than asked for.
     """
     refuse_prompts(section)
-    if section.path is None:
+    if section.path is None and section.hub is None:
         development, dropped, source = shipped_questions()
     else:
         development, dropped = mmlu_questions(file_rows(section, "path", data_dir), "dev"), 0
-        source = section.path
+        source = development_source(section)
     queries, heldout, shown = divide(section, development)
 
-    def item(question: Question, kind: str) -> Item:
-        return mmlu_item(question, shots_for(section, question, shown, default=0), kind)
+    def query(question: Question) -> Item:
+        return mmlu_item(question, shots_for(section, question, shown, default=0))
 
-    test = [item(q, kind) for q in heldout for kind in ("loss", "choice")]
-    if section.test is not None:
+    def choice(question: Question) -> Item:
+        shots = test_shots_for(section, question, shown, benchmark=TEST_SHOTS, query=0)
+        return mmlu_item(question, shots, "choice", plain=section.test_prompt == "benchmark")
+
+    test = [item(q) for q in heldout for item in (query, choice)]
+    drawn: list[Question] = []
+    if section.has_test:
         questions = mmlu_questions(file_rows(section, "test", data_dir), "test")
-        tested = draw_test(section, questions, [*queries, *heldout])
-        test += [item(q, "choice") for q in tested]
-    asked = [item(q, "loss") for q in queries]
-    return Task(asked, test, task_facts(section, source, asked, test, dropped))
+        drawn = draw_test(section, questions, [*queries, *heldout])
+        test += [choice(q) for q in drawn]
+    asked = [query(q) for q in queries]
+    facts = task_facts(section, source, asked, test, dropped, standard_shots=TEST_SHOTS)
+    return Task(asked, test, facts, recognise(section, development, drawn))
 
 
 def mmlu_questions(rows: Iterable[Row], split: str) -> list[Question]:

@@ -1,7 +1,7 @@
 """Candidate pools: files of several shapes read into one schema.
 
-Every candidate ends as ``example_id, source, category, messages, text_hash``. Records keep
-the file and line they came from until then, so that an error can say where it is.
+Every candidate ends as ``example_id, source, category, messages, text_hash, prompt_hash``. Records
+keep the file and line they came from until then, so that an error can say where it is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from iprox.data.sources import DATA_SUFFIXES, Source, load_hub
 from iprox.errors import DataError
-from iprox.study.schema import PoolSection
+from iprox.study.schema import Hub, PoolSection
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ POOL_SCHEMA = pa.schema(
         ("category", pa.string()),
         ("messages", MESSAGES_TYPE),
         ("text_hash", pa.string()),
+        ("prompt_hash", pa.string()),
     ]
 )
 
@@ -181,6 +182,7 @@ def pool_table(pool: Pool) -> pa.Table:
             "category": c.category,
             "messages": list(c.messages),
             "text_hash": text_hash(c.messages),
+            "prompt_hash": text_hash(c.messages[:-1]) if len(c.messages) > 1 else "",
         }
         for c in pool.candidates
     ]
@@ -250,13 +252,25 @@ def read_rows(path: Path, name: str | None = None) -> list[Row]:
     return rows
 
 
+def hub_rows(hub: Hub, origin: str | None = None) -> list[Row]:
+    """Records of a hub data set.
+
+    Args:
+        hub: The data set.
+        origin: What to call it in the ``source`` column; its name if absent.
+
+    Raises:
+        DataError: It cannot be loaded, or is empty.
+    """
+    records = load_hub(hub)
+    if not records:
+        raise DataError("a hub data set has no records", where=hub.name)
+    return [Row(r, origin or hub.name, f"{hub.name}: row {i}") for i, r in enumerate(records)]
+
+
 def _source_rows(source: Source) -> Iterator[Row]:
     if source.hub is not None:
-        records = load_hub(source.hub)
-        if not records:
-            raise DataError("a hub data set has no records", where=source.hub.name)
-        for i, fields in enumerate(records):
-            yield Row(fields, source.origin, f"{source.hub.name}: row {i}")
+        yield from hub_rows(source.hub, source.origin)
     for name, path in source.files:
         yield from read_rows(path, name)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from iprox.data import bbh, conversations, mmlu, tydiqa
+from iprox.data import bbh, conversations, custom, mmlu, tydiqa
 from iprox.data.items import Item, Task, item_table, query_table
 from iprox.study.schema import TaskSection
 
@@ -21,6 +21,7 @@ KINDS: dict[str, Callable[[TaskSection, Path], Task]] = {
     "bbh": bbh.build,
     "tydiqa": tydiqa.build,
     "messages": conversations.build,
+    "custom": custom.build,
 }
 
 

@@ -9,16 +9,18 @@ from pathlib import Path
 from iprox.data.items import (
     Item,
     Task,
+    development_source,
     divide,
     draw_test,
     exchange,
     file_rows,
     needed,
+    recognise,
     refuse_prompts,
     row_id,
     shots_for,
-    spread,
     task_facts,
+    test_shots_for,
     text_field,
 )
 from iprox.data.pools import Row
@@ -27,6 +29,9 @@ from iprox.study.schema import TaskSection
 
 TESTED_PER_LANGUAGE = 200
 """Questions of a language that LESS evaluates on, at most."""
+
+TEST_SHOTS = 1
+"""Worked examples before a test question."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +109,17 @@ class PassageQuestion:
     question: str
     answers: tuple[str, ...]
 
+    def shapes(self) -> tuple[str, ...]:
+        """Passage and question, in either order."""
+        return f"{self.context}\n{self.question}", f"{self.question}\n{self.context}"
+
 
 def tydiqa_item(
-    asked: PassageQuestion, shots: Sequence[PassageQuestion], kind: str = "loss"
+    asked: PassageQuestion,
+    shots: Sequence[PassageQuestion],
+    kind: str = "loss",
+    *,
+    evaluated: bool = False,
 ) -> Item:
     """LESS's TyDiQA formats: of a query without shots, else of its one-shot evaluation.
 
@@ -117,17 +130,17 @@ def tydiqa_item(
         asked: What is asked.
         shots: Worked examples before it.
         kind: ``loss`` of the first answer, or ``generate``.
+        evaluated: The format of its evaluation, whatever the number of shots: shots may be left
+            out, and long passages are cut.
     """
     words = WORDING[asked.subtask]
 
     def passage(example: PassageQuestion) -> str:
         return f"{words.passage} {example.context}\n{words.question} {example.question}"
 
-    worked = [f"{passage(shot)}\n{words.answer} {shot.answers[0]}" for shot in shots]
-    if worked:
-        prompt = "\n\n".join([words.instruction, *worked, passage(asked)])
-    else:
-        prompt = words.instruction + passage(asked)
+    worked = tuple(f"{passage(s)}\n{words.answer} {s.answers[0]}\n\n" for s in shots)
+    blank = "\n\n" if worked or evaluated else ""
+    prompt = "".join([words.instruction, blank, *worked, passage(asked)])
     return Item(
         example_id=asked.example_id,
         subtask=asked.subtask,
@@ -136,6 +149,8 @@ def tydiqa_item(
         eos=False,
         kind=kind,
         answers=asked.answers,
+        shots=worked if evaluated else (),
+        passages=tuple(e.context for e in [*shots, asked]) if evaluated else (),
     )
 
 
@@ -153,36 +168,37 @@ def build(section: TaskSection, data_dir: Path) -> Task:
     development = tydiqa_questions(file_rows(section, "path", data_dir))
     queries, heldout, shown = divide(section, development)
 
-    def item(asked: PassageQuestion, kind: str, shots: int) -> Item:
-        return tydiqa_item(asked, shots_for(section, asked, shown, default=shots), kind)
+    def query(asked: PassageQuestion) -> Item:
+        return tydiqa_item(asked, shots_for(section, asked, shown, default=0))
 
-    test = [item(q, "loss", shots=0) for q in heldout]
-    if section.test is not None:
-        questions = _capped(tydiqa_questions(file_rows(section, "test", data_dir)), section.seed)
-        tested = draw_test(section, questions, [*queries, *heldout])
-        test += [item(q, kind, shots=1) for q in tested for kind in ("loss", "generate")]
-    asked = [item(q, "loss", shots=0) for q in queries]
-    return Task(asked, test, task_facts(section, str(section.path), asked, test))
+    def tested(asked: PassageQuestion, kind: str) -> Item:
+        shots = test_shots_for(section, asked, shown, benchmark=TEST_SHOTS, query=0)
+        return tydiqa_item(asked, shots, kind, evaluated=section.test_prompt == "benchmark")
 
-
-def _capped(questions: list[PassageQuestion], seed: int) -> list[PassageQuestion]:
-    languages = sorted({q.subtask for q in questions})
-    by_language = ([q for q in questions if q.subtask == language] for language in languages)
-    return [q for some in by_language for q in spread(some, TESTED_PER_LANGUAGE, seed, "language")]
+    test = [query(q) for q in heldout]
+    drawn: list[PassageQuestion] = []
+    if section.has_test:
+        questions = tydiqa_questions(file_rows(section, "test", data_dir))
+        drawn = draw_test(section, questions, [*queries, *heldout], TESTED_PER_LANGUAGE)
+        test += [tested(q, kind) for q in drawn for kind in ("loss", "generate")]
+    asked = [query(q) for q in queries]
+    facts = task_facts(section, development_source(section), asked, test, standard_shots=TEST_SHOTS)
+    return Task(asked, test, facts, recognise(section, development, drawn))
 
 
 def tydiqa_questions(rows: Iterable[Row]) -> list[PassageQuestion]:
     """Questions from records ``language, context, question, answers``.
 
     Args:
-        rows: Records; ``answers`` is a list of texts or of ``{"text": ...}``.
+        rows: Records; ``answers`` is a list of texts or of ``{"text": ...}``, or the hub's
+            ``{"text": [...]}``. Without ``language`` the id begins with it, as on the hub.
 
     Raises:
         DataError: A field is missing, a language is unknown, or there is no answer.
     """
     questions: list[PassageQuestion] = []
     for row in rows:
-        language = text_field(row, "language")
+        language = _language(row)
         if language not in WORDING:
             raise DataError(
                 "unknown language",
@@ -202,15 +218,23 @@ def tydiqa_questions(rows: Iterable[Row]) -> list[PassageQuestion]:
     return sorted(questions, key=lambda q: q.subtask)
 
 
+def _language(row: Row) -> str:
+    if "language" not in row.fields and "-" in str(row.fields.get("id")):
+        return str(row.fields["id"]).partition("-")[0]
+    return text_field(row, "language")
+
+
 def _answers(row: Row) -> tuple[str, ...]:
     """Different accepted answers, in their order."""
     answers = needed(row, "answers")
+    if isinstance(answers, dict):
+        answers = answers.get("text")
     texts: list[str] = []
     for answer in answers if isinstance(answers, list) else []:
         text = answer.get("text") if isinstance(answer, dict) else answer
         if isinstance(text, str) and text.strip():
             texts.append(text)
-    if not texts or len(texts) < len(answers):
+    if not texts or len(texts) < len(answers or []):
         raise DataError(
             "a question has no answer, or an empty one",
             where=f"{row.where}, field answers",

@@ -14,4 +14,5 @@ from torch import Tensor
 Preconditioner = Callable[[str, Tensor], tuple[Tensor, float]]
 """Called once for every layer with its name and query gradients (groups, out, in); returns P times
 them, and the damping of this layer as a number. One that passes texts has an attribute ``metrics``
-with their counts and FLOPs, for provenance."""
+with their counts and FLOPs, for provenance; one whose directions are for another model than the
+query's has an attribute ``about`` with what the direction's root attributes say instead."""

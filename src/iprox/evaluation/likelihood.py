@@ -1,8 +1,8 @@
 """Log-likelihoods and greedy generations through the Language Model Evaluation Harness.
 
 Prompts are tokenised by this project, so that a test item has exactly the tokens an influence
-query has; the model calls and the arithmetic are those of the harness's ``HFLM``
-(Gao et al., https://github.com/EleutherAI/lm-evaluation-harness), which takes token ids.
+query has; models, special tokens, stop texts and precision are those of the harness's ``HFLM``
+(Gao et al., https://github.com/EleutherAI/lm-evaluation-harness).
 """
 
 from __future__ import annotations
@@ -10,37 +10,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from iprox.errors import DataError, NumericsError
+from iprox.evaluation.prefixes import Request, families, log_probabilities
 from iprox.models.device import pick_device
 
+__all__ = ["Request", "generations", "harness", "log_likelihoods"]
+
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 8192}
-"""Padded tokens of one forward pass, whose logits over the vocabulary are all held."""
-
-
-BLOCK = 64
-"""Requests the harness gets at a time: it sorts them by length and shares equal contexts."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A continuation whose likelihood is asked for.
-
-    Attributes:
-        context: Token ids before it.
-        continuation: Its own.
-    """
-
-    context: list[int]
-    continuation: list[int]
-
-    def __len__(self) -> int:
-        return len(self.context) + len(self.continuation)
+"""New tokens of one forward pass, padding included; what is cached does not count."""
 
 
 def harness(model: Any, tokenizer: Any) -> Any:
@@ -65,6 +47,9 @@ def log_likelihoods(
 ) -> list[float]:
     """Log-likelihood of each continuation given its context, summed over its tokens.
 
+    They are those of the harness's own ``loglikelihood`` but for rounding; beginnings that
+    requests share are read once, and requests of similar length together.
+
     Args:
         lm: From :func:`harness`.
         requests: What is asked.
@@ -82,15 +67,19 @@ def log_likelihoods(
                 value=f"{len(request.context)} + {len(request.continuation)} tokens",
                 allowed=f"a context and a continuation, together at most {lm.max_length} tokens",
             )
-    results: list[float] = []
-    for start in range(0, len(requests), BLOCK):
-        block = requests[start : start + BLOCK]
-        lm.batch_size_per_gpu = _batch_size(max(map(len, block)))
-        scored = lm._loglikelihood_tokens(
-            [(("", ""), r.context, r.continuation) for r in block], disable_tqdm=True
-        )
-        results += [float(value) for value, _ in scored]
-        advance(len(block), n_tokens(block))
+    results = [math.nan] * len(requests)
+    budget = TOKENS_PER_BATCH[pick_device().type]
+    for family in families(requests):
+        unread = family.shared
+        for rows in log_probabilities(lm.model, family, budget, lm.softmax_dtype):
+            for reading, log_p in rows:
+                for i in reading.asked:
+                    tokens = requests[i].continuation
+                    own = log_p[-len(tokens) :]
+                    results[i] = float(own.gather(1, _column(tokens, own.device)).sum())
+            new = sum(len(reading) - family.shared for reading, _ in rows)
+            advance(sum(len(reading.asked) for reading, _ in rows), unread + new)
+            unread = 0
     bad = sum(not math.isfinite(value) for value in results)
     if bad:
         raise NumericsError(
@@ -99,11 +88,6 @@ def log_likelihoods(
             fix="the model has diverged, or its precision is too low: evaluate it in float32",
         )
     return results
-
-
-def n_tokens(requests: Sequence[Request]) -> int:
-    """Tokens a model reads for some requests; a context that several share is read once."""
-    return sum(map(len, {tuple(r.context + r.continuation[:-1]) for r in requests}))
 
 
 def generations(
@@ -157,6 +141,11 @@ def generations(
 
 def _batch_size(longest: int) -> int:
     return max(1, TOKENS_PER_BATCH[pick_device().type] // max(longest, 1))
+
+
+def _column(tokens: Sequence[int], device: torch.device) -> Tensor:
+    """Ids as indices of one entry in each row, (tokens, 1)."""
+    return torch.tensor(tokens, device=device)[:, None]
 
 
 def _left_padded(contexts: Sequence[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:

@@ -90,9 +90,9 @@ def find_gguf(name: str, cache_dir: Path) -> Path:
             pinned one.
     """
     model = PACKAGED[name]
-    files = [_locate(part, model.install) for part in model.parts]
+    files = [locate(part, model.install) for part in model.parts]
     whole = files[0] if len(files) == 1 else _join(files, model.sha256, cache_dir)
-    found = _sha256(whole)
+    found = sha256_of(whole)
     if found != model.sha256:
         raise ModelError(
             "a packaged model is not the pinned file",
@@ -129,7 +129,16 @@ def load_gguf(file: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _locate(part: Part, install: str) -> Path:
+def locate(part: Part, install: str) -> Path:
+    """The file of an installed package.
+
+    Args:
+        part: The package, its version, and the file in it.
+        install: The command that installs it, for messages.
+
+    Raises:
+        ModelError: The package is not installed, has another version, or lacks the file.
+    """
     try:
         distribution = importlib.metadata.distribution(part.distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -158,7 +167,7 @@ def _locate(part: Part, install: str) -> Path:
 def _join(files: Sequence[Path], sha256: str, cache_dir: Path) -> Path:
     """The parts one after the other, kept under the cache folder by digest."""
     whole = cache_dir / "models" / sha256 / files[0].with_suffix("").name
-    if whole.is_file() and _sha256(whole) == sha256:
+    if whole.is_file() and sha256_of(whole) == sha256:
         return whole
     whole.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=whole.parent, delete=False) as scratch:
@@ -169,6 +178,7 @@ def _join(files: Sequence[Path], sha256: str, cache_dir: Path) -> Path:
     return whole
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """Digest of a file, in hexadecimal."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

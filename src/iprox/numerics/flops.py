@@ -332,9 +332,19 @@ def factor_blocks(net: Network, limit: int) -> Iterator[int]:
             yield from sides * n
 
 
-def evaluation(net: Network, load: Load) -> float:
-    """Likelihoods of continuations; the harness computes logits at every position."""
-    return forward(net, load, load.tokens)
+def reading(net: Network, shared: int, new: Iterable[int], logits: float) -> float:
+    """A forward pass of texts that begin alike, what they share once.
+
+    Args:
+        net: The model.
+        shared: Tokens at their beginning that are read once.
+        new: Tokens of each text after them.
+        logits: Positions whose logits are computed.
+    """
+    lengths = list(new)
+    linear = net.weights() * (shared + sum(lengths)) + net.head * logits
+    pairs = shared**2 + sum((shared + n) ** 2 - shared**2 for n in lengths)
+    return 2 * linear + 4 * net.attention * pairs
 
 
 def generation(net: Network, prompt: int, new_tokens: int) -> float:

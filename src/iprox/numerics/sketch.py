@@ -162,6 +162,57 @@ class RandomProjection(_Blockwise):
         into.add_(block @ matrix.to(block.dtype), alpha=1 / math.sqrt(self.dim))
 
 
+class FreshLora(Sketch):
+    """A count sketch of ``G A^T``, the gradients of freshly initialised LoRA adapters.
+
+    Influcoder's teacher (arXiv:2606.13668). With the weight ``W + c B A`` and ``B = 0``, as LoRA
+    starts, the gradient of ``A (rank, in)`` is zero and that of ``B`` is ``c G A^T (out, rank)``:
+    it needs no adapters. Entries of ``A`` are uniform as LoRA initialises them, but of variance
+    ``1 / rank``, so that ``E[A^T A] = I`` and inner products are unbiased; LoRA's own scale,
+    which falls with a layer's width, would weight layers by it.
+
+    Args:
+        shapes: Layer -> (out, in).
+        dim: Numbers in a sketch.
+        rank: Rows of ``A``; a layer whose input is narrower keeps its own ``G``.
+        seed: Seed of ``A`` and of the count sketch.
+        device: Where gradients are.
+    """
+
+    kind = "lora"
+
+    def __init__(
+        self, shapes: Shapes, dim: int, rank: int, seed: int, device: torch.device
+    ) -> None:
+        super().__init__(shapes, dim, seed, device)
+        self.rank = rank
+        self.maps = {n: self._map(n) for n, (_, inn) in self.shapes.items() if inn > rank}
+        thin = {n: (out, min(inn, rank)) for n, (out, inn) in self.shapes.items()}
+        self.counted = CountSketch(thin, dim, seed, device)
+
+    def about(self) -> dict[str, Any]:
+        """Settings, with the rank."""
+        return super().about() | {"rank": self.rank}
+
+    def _map(self, layer: str) -> Tensor:
+        """``A`` of a layer, (rank, in)."""
+        inn = self.shapes[layer][1]
+        key = layer_key(self.seed, f"{layer}\nlora")
+        uniform = uniforms(torch.arange(self.rank * inn), key).view(self.rank, inn)
+        return ((2 * uniform - 1) * math.sqrt(3 / self.rank)).to(self.device)
+
+    def add_rows(self, layer: str, x: Tensor, d: Tensor, into: Tensor) -> None:
+        """Add sketches of ``D^T (X A^T)``; no gradient is formed."""
+        a = self.maps.get(layer)
+        self.counted.add_rows(layer, x if a is None else x @ a.mT.to(x.dtype), d, into)
+
+    def add_gradients(self, layer: str, gradients: Tensor, into: Tensor) -> None:
+        """Add sketches of ``G A^T``."""
+        a = self.maps.get(layer)
+        thin = gradients if a is None else gradients @ a.mT.to(gradients.dtype)
+        self.counted.add_gradients(layer, thin, into)
+
+
 class Logra(Sketch):
     """``P_out G P_in^T`` for each layer, (rank, rank), taken from the rows of X and D alone.
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from iprox.numerics import flops
@@ -24,9 +24,10 @@ from iprox.numerics.ranks import (
     model_size,
     rank_for,
 )
+from iprox.plan.encoders import encoder_need
 from iprox.plan.nodes import Node
+from iprox.plan.selection import is_per_task, n_selected
 from iprox.plan.volumes import Texts, Volumes
-from iprox.study.scorers import SCORERS
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
@@ -62,8 +63,17 @@ AUTO_SPARSITY = 0.5
 SEARCHED = 4
 """Proxies that a search over nine sparsities scores at most."""
 
+ENCODERS = ("backbone", "encoder", "embeddings", "query_embeddings")
+"""Stages of text encoders."""
+
 LAYER_DOTS_BYTES = 64 * 2**20
 """Inner products are kept layer by layer up to this size."""
+
+SCORED_TEXT = 6000
+"""Bytes per pool example of a ranking by texts: messages, words and counts of n-grams."""
+
+PART_EXAMPLES = 8192
+"""Most examples whose similarities a selection holds at once."""
 
 LONGEST = 2.0
 """The longest example of a batch, in units of the mean length."""
@@ -118,7 +128,10 @@ class Estimator:
             "eigenvalues": self._eigenvalues,
             "direction": self._direction,
             "features": self._features,
+            "query_sketches": self._query_sketches,
+            **dict.fromkeys(ENCODERS, partial(encoder_need, self)),
             "ranking": self._ranking,
+            "selection": self._selection,
             "finetune": self._finetune,
             "evaluation": self._evaluation,
         }
@@ -244,12 +257,11 @@ class Estimator:
     def _finetune(self, node: Node) -> Need:
         pool = node.parents["selection"].parents["pool"]
         texts = self.volumes.examples(node, pool)
-        fraction = node.parents["selection"].params["select"]["fraction"]
-        n = max(1, math.floor(Fraction(str(fraction)) * texts.n))
+        n = n_selected(node.parents["selection"], texts.n)
         if node.params["subset"]["task"] == "all":
-            ranking = node.parents["selection"].parents["ranking"].params
-            several = SCORERS[ranking["scorer"]["kind"]].is_by_task
-            n = min(texts.n, n * len(ranking["tasks"])) if several else n
+            selection = node.parents["selection"]
+            tasks = selection.parents["ranking"].params["tasks"]
+            n = min(texts.n, n * len(tasks)) if is_per_task(selection) else n
         return self._training(node, texts._replace(n=n), node.params["finetune"])
 
     def _training(self, node: Node, texts: Texts, section: Mapping[str, Any]) -> Need:
@@ -492,6 +504,18 @@ class Estimator:
             tokens=texts.n * texts.tokens,
         )
 
+    def _query_sketches(self, node: Node) -> Need:
+        net = self.network(node.parents["model"], node.params["layers"])
+        texts = self.volumes.queries(node, node.parents["task"])
+        element = BYTES[node.params["compute"]["dtype"]]
+        dim = node.params["features"].get("dim", 0)
+        return Need(
+            flops=flops.features(net, _load(texts), 0),
+            memory=self._pass_memory(net, texts, element),
+            disk=texts.n * 4 * dim,
+            tokens=texts.n * texts.tokens,
+        )
+
     def _search(self, node: Node) -> Need:
         """Scoring the slice with some proxies in turn, beside the target they are made of."""
         target, pool = node.parents["target"], node.parents["pool"]
@@ -525,7 +549,12 @@ class Estimator:
 
     def _ranking(self, node: Node) -> Need:
         pool = next(n for n in _ancestors(node) if n.stage == "pool")
-        need = Need(disk=24 * len(node.params["tasks"]) * self.volumes.pool(pool))
+        examples = self.volumes.pool(pool)
+        words = SCORED_TEXT if "pool" in node.parents else 0
+        need = Need(
+            memory=SMALL_PROCESS + words * examples,
+            disk=24 * len(node.params["tasks"]) * examples,
+        )
         if "warmup" not in node.parents:
             return need
         kind, element = node.params["scorer"]["kind"], BYTES[node.params["compute"]["dtype"]]
@@ -538,13 +567,25 @@ class Estimator:
             tokens=load.tokens,
         )
 
+    def _selection(self, node: Node) -> Need:
+        """Features of the shortlist, and similarities of the part that is chosen from."""
+        if "features" not in node.parents:
+            return Need()
+        section, examples = node.params["select"], self.volumes.pool(node.parents["pool"])
+        listed = min(examples, section.get("shortlist", 2) * n_selected(node, examples))
+        kept = node.parents["features"].params.get("features", {})
+        per_layer = kept.get("rank", 1) ** 2
+        dim = kept.get("dim", per_layer * len(block_shapes(self.arch)) * self.arch.blocks)
+        part = min(listed, PART_EXAMPLES)
+        return Need(memory=SMALL_PROCESS + 4 * (listed * dim + 2 * part**2))
+
     def _evaluation(self, node: Node) -> Need:
         net = Network.plan(self.arch)
         texts = self.volumes.tests(node, node.parents["task"])
         element = BYTES[node.params["compute"]["dtype"]]
         positions = self._batch(EVALUATION_TOKENS, texts)
         return Need(
-            flops=flops.evaluation(net, _load(texts)),
+            flops=flops.forward(net, _load(texts), texts.n),
             memory=self.process + element * self.parameters + self.logits(positions),
             disk=200 * texts.n,
             tokens=texts.n * texts.tokens,
@@ -592,6 +633,10 @@ def needs_model(node: Node) -> bool:
         "covariance",
         "eigenvalues",
         "features",
+        "query_sketches",
+        "encoder",
+        "embeddings",
+        "query_embeddings",
         "sparsity",
         "finetune",
         "evaluation",

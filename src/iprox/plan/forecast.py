@@ -109,7 +109,7 @@ def comparable(
     """
     wanted = target.params["target"]
     working = [m for m in history if needs_model(m.node) and on_gpu in (None, m.on_gpu)]
-    dtypes = [m for m in working if m.node.params["compute"]["dtype"] == wanted["dtype"]]
+    dtypes = [m for m in working if _precision(m) == wanted["dtype"]]
     if not dtypes:
         return [], ""
     device = max(dtypes, key=lambda m: m.finished).device

@@ -22,7 +22,7 @@ def links(plan: Plan) -> dict[str, Node]:
         model = run.nodes.get("model")
         for task, node in _scored_against(run.nodes).items():
             query = node.parents.get("query", node)
-            if query.parents["model"] is model:
+            if query.parents.get("model") in (model, None):  # an encoder's has none
                 found[f"{name}/query-{task}"] = query
                 found |= {} if query is node else {f"{name}/direction-{task}": node}
     if plan.report is not None:

@@ -16,7 +16,7 @@ from iprox.store.inputs import check_path, locate, raw_input_files, raw_paths
 
 DATA_KINDS = (".csv", ".json", ".jsonl", ".parquet")
 
-OWN_FILE = {"messages", "tydiqa"}
+OWN_FILE = {"messages", "tydiqa", "custom"}
 """Kinds of tasks whose examples come from a file of the user's."""
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -54,7 +54,14 @@ def check_inputs(plan: Plan, data_dir: Path, weights: bool = True) -> None:
 
 def _check_task(task: dict[str, Any]) -> None:
     where = f"tasks.{task['name']}"
-    if task["kind"] in OWN_FILE and task["path"] is None:
+    if (task["kind"] == "custom") != (task["yaml"] is not None):
+        raise ConfigError(
+            "a task of kind custom, and no other, has a task file",
+            where=f"{where}.yaml",
+            value=task["yaml"],
+            fix="give the path of its YAML file below data_dir, or remove the key",
+        )
+    if task["kind"] in OWN_FILE and task["path"] is None and task["hub"] is None:
         raise ConfigError(
             f"a task of kind {task['kind']} needs a file",
             where=f"{where}.path",
@@ -79,7 +86,7 @@ def _check_task(task: dict[str, Any]) -> None:
 def _check_data(node: Node, data_dir: Path) -> None:
     for key, path in raw_paths(node.params):
         found = locate(path, data_dir, key)
-        if found.is_dir():
+        if found.is_dir() or key == "task.yaml":
             continue
         if found.suffix.lower() not in DATA_KINDS:
             raise DataError(

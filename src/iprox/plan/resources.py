@@ -8,12 +8,14 @@ proportion to the attempt, so that a job killed for want of something is retried
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from iprox.errors import ConfigError, ModelError
 from iprox.numerics.ranks import Architecture
-from iprox.plan.estimate import LONGEST, PROCESS, Estimator, Need, needs_model
+from iprox.plan.encoders import sizes_of
+from iprox.plan.estimate import ENCODERS, LONGEST, PROCESS, Estimator, Need, needs_model
 from iprox.plan.forecast import Rates
 from iprox.plan.nodes import Node
 from iprox.plan.sizes import find_architecture
@@ -121,7 +123,7 @@ class Requests:
         texts are counted on, because its memory is shared with other jobs.
         """
         target = target_of(node)
-        if target is None:
+        if target is None and node.stage not in ENCODERS:
             return Need()
         length = node.params.get("chat", {}).get("max_length", 0) / LONGEST if longest else 0
         return self._estimator(target, node, on_gpu, length or None).need(node)
@@ -132,20 +134,23 @@ class Requests:
         The weights in float32 pass through it, and so does what is gathered before it is
         written: what the same job would need on a CPU beyond the part that is on the GPU.
         """
-        target = target_of(node)
-        assert target is not None  # every stage that needs a model comes from one
-        weights = 4.0 * self._estimator(target, node, True, None).parameters
+        if node.stage in ENCODERS:
+            weights = 4.0 * sizes_of(node).parameters
+        else:
+            weights = 4.0 * self._estimator(target_of(node), node, True, None).parameters
         on_disk = self._need(node, True).disk / node.shards
         return PROCESS + CUDA_HOST + weights + min(on_disk, weights)
 
-    def _estimator(self, target: Node, node: Node, on_gpu: bool, length: float | None) -> Estimator:
+    def _estimator(
+        self, target: Node | None, node: Node, on_gpu: bool, length: float | None
+    ) -> Estimator:
         pool = _pool_of(node)
-        key = (target.id, "" if pool is None else pool.id, on_gpu, length)
+        key = ("" if target is None else target.id, "" if pool is None else pool.id, on_gpu, length)
         if key not in self._estimators:
-            try:
-                arch, _ = find_architecture(target, self.data_dir, self.root)
-            except ModelError:
-                arch = UNKNOWN_MODEL
+            arch = UNKNOWN_MODEL
+            if target is not None:  # an encoder has none
+                with suppress(ModelError):
+                    arch, _ = find_architecture(target, self.data_dir, self.root)
             sizes = {} if pool is None else {pool.id: self._size(pool)}
             self._estimators[key] = Estimator(arch, Volumes([], sizes, length), on_gpu)
         return self._estimators[key]

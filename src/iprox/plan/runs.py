@@ -9,12 +9,15 @@ import math
 from typing import Any
 
 from iprox.errors import ConfigError
+from iprox.plan.learned import LEARNED, learned_nodes
+from iprox.plan.multistage import finetuned_model, finetuned_stages
 from iprox.plan.nodes import Node, Plan
 from iprox.plan.scorers import scorer_nodes
+from iprox.plan.selection import is_per_task, selection_node
 from iprox.study.estimators import ESTIMATORS
 from iprox.study.load import Run
 from iprox.study.schema import ProxySection, TaskSection
-from iprox.study.scorers import GRADIENT, SCORERS
+from iprox.study.scorers import GRADIENT
 
 QUERY_KEYS = {"loss_reduction", "val_agg"}
 """Keys of the section ``influence`` that query gradients depend on."""
@@ -27,10 +30,14 @@ MAX_FISHER_SHARDS = 8
 
 SKETCH_SIZES = {
     "countsketch": ("dim",),
+    "lora": ("dim", "rank"),
     "logra": ("rank",),
     "random": ("dim", "distribution"),
 }
 """Keys of the section ``features`` that a kind of sketch uses besides those of all kinds."""
+
+DISJOINT = {"align": "probe", "teach": "fidelity"}
+"""Split -> the one it shares no example with."""
 
 RANK_RULE = ("sparsity", "rank_multiple", "rank_rounding", "dense_rule")
 """Keys of the section ``proxy`` that give a layer its rank from its shape alone."""
@@ -68,30 +75,31 @@ class RunPlanner:
         """All stages of the run by link name."""
         kind, until = self.config.scorer.kind, self.config.until
         nodes = {"pool": self.pool}
-        if kind == GRADIENT:
-            nodes = self._scoring_model()
+        if kind in LEARNED:
+            nodes = learned_nodes(self)
+        elif kind == GRADIENT:
+            nodes = self.scoring_model()
             nodes |= self._fidelity(nodes)
         if until == "fidelity":
             return nodes
-        nodes |= self._gradient_ranking(nodes) if kind == GRADIENT else scorer_nodes(self)
+        if kind == GRADIENT:
+            nodes |= self._gradient_ranking(nodes)
+        elif kind not in LEARNED:
+            nodes |= scorer_nodes(self)
         if until == "ranking":
             return nodes
-        nodes["selection"] = self.plan.add(
-            "selection",
-            f"{nodes['ranking'].label}-{self.config.select.fraction:g}",
-            {"select": self.config.select.model_dump()},
-            {"pool": self.pool, "ranking": nodes["ranking"]},
-        )
+        nodes["selection"] = selection_node(self, nodes["ranking"])
         if until == "selection":
             return nodes
-        return nodes | self._outcome(nodes["selection"], per_task=SCORERS[kind].is_by_task)
+        return nodes | self._outcome(nodes["selection"], per_task=is_per_task(nodes["selection"]))
 
     def split(self, name: str) -> Node:
         """The stage that draws one named subset of the pool."""
         sizes = self.config.split
         params: dict[str, Any] = {"name": name, "size": getattr(sizes, name), "seed": sizes.seed}
-        if name == "align":
-            params["disjoint_from"] = {"name": "probe", "size": sizes.probe}
+        if name in DISJOINT:
+            other = DISJOINT[name]
+            params["disjoint_from"] = {"name": other, "size": getattr(sizes, other)}
         return self.plan.add("split", name, {"split": params}, {"pool": self.pool})
 
     def warmup(self, model: Node | None = None) -> Node:
@@ -122,7 +130,7 @@ class RunPlanner:
         influence, epochs = self.config.influence, self.config.warmup.epochs
         return range(1, math.ceil(epochs) if influence.checkpoints == "epochs" else 1)
 
-    def _scoring_model(self) -> dict[str, Node]:
+    def scoring_model(self) -> dict[str, Node]:
         """The model that scores, as ``model``, and what it is made of."""
         kind, warmup = self.config.proxy.kind, self.warmup()
         nodes = {"pool": self.pool, "target": self.target, "warmup": warmup, "model": warmup}
@@ -231,7 +239,7 @@ class RunPlanner:
                 where=f"runs.{self.run.name}: fidelity.floor, proxy.max_cost",
                 fix="set a floor of fidelity, a ceiling of cost, or both",
             )
-        subset = "all" if self._slice_is_pool() else "fidelity"
+        subset = "all" if self.slice_is_pool() else "fidelity"
         params = {
             "chat": self.chat,
             "compute": self.compute,
@@ -278,13 +286,19 @@ class RunPlanner:
 
         Query gradients themselves, or what the run's estimator makes of them.
         """
-        asked = self._asked(model)
+        asked = self.asked(model)
+        at = finetuned_model(self) if self.is_multistage else asked
         return {
-            f"query/{task.name}": self.direction(self.query(asked, task), asked, task)
+            f"query/{task.name}": self.direction(self.query(at, task), asked, task)
             for task in self.tasks
         }
 
-    def _asked(self, model: Node) -> Node:
+    @property
+    def is_multistage(self) -> bool:
+        """Whether tasks are measured at a model that was fine-tuned after the one that scores."""
+        return self.config.influence.estimator == "multistage"
+
+    def asked(self, model: Node) -> Node:
         """The model whose query gradients, and curvature, serve a scoring model.
 
         Itself; but a proxy of the backward pass alone has the target's layers, and the target's
@@ -295,12 +309,12 @@ class RunPlanner:
 
     def query(self, model: Node, task: TaskSection) -> Node:
         """Query gradients of a task at a scoring model, the same for all estimators."""
-        params = self._passing() | {
+        params = self.passing() | {
             "influence": self.config.influence.model_dump(include=QUERY_KEYS)
             | {"estimator": "tracin"},
         }
         parents = {"model": model, "task": self.plan.shared[f"task-{task.name}"]}
-        return self.plan.add("query", f"{task.name}-{self._label(model)}", params, parents)
+        return self.plan.add("query", f"{task.name}-{self.label(model)}", params, parents)
 
     def direction(self, query: Node, model: Node, task: TaskSection) -> Node:
         """Query gradients as the run's estimator changes them; themselves if it does not."""
@@ -316,29 +330,39 @@ class RunPlanner:
                 allowed="kfac with factored; any estimator with relative or absolute",
             )
         made = self.curvature(model) | {"model": model, "pool": self.pool}
+        keys = {"damping", "damping_mode"}
         if "split" in reads:
             made["split"] = self.split("fisher")
+        if self.is_multistage:
+            made |= finetuned_stages(self)
+            keys |= {"proximity"}
         params: dict[str, Any] = {
-            "curvature": self.config.curvature.model_dump(include={"damping", "damping_mode"}),
+            "curvature": self.config.curvature.model_dump(include=keys),
             "estimator": {"kind": estimator},
         }
         if "model" in reads:
-            params |= self._passing() | self._loss()
+            params |= self.passing() | self._loss()
         parents = {"query": query} | {role: made[role] for role in reads}
-        label = f"{task.name}-{self._label(model)}-{estimator}"
+        label = f"{task.name}-{self.label(model)}-{estimator}"
         return self.plan.add("direction", label, params, parents)
 
-    def curvature(self, model: Node) -> dict[str, Node]:
-        """The stages of a scoring model's curvature that the run's estimator reads."""
+    def curvature(self, model: Node, texts: dict[str, Node] | None = None) -> dict[str, Node]:
+        """The stages of a model's curvature that the run's estimator reads.
+
+        Args:
+            model: The model.
+            texts: Pool and split that it is fitted on; the pool's fisher split when absent.
+        """
         reads = ESTIMATORS[self.config.influence.estimator]
         if "curvature" not in reads:
             return {}
         fit = self.config.curvature.model_dump(include={"labels", "max_factor_dim", "seed"})
         if fit["labels"] == "empirical":
             fit["seed"] = 0  # nothing is drawn
-        params = self._passing() | self._loss() | {"curvature": fit}
-        passed = {"model": model, "pool": self.pool, "split": self.split("fisher")}
-        label = f"{self._label(model)}-{self.config.split.fisher:g}"
+        params = self.passing() | self._loss() | {"curvature": fit}
+        texts = texts or {"pool": self.pool, "split": self.split("fisher")}
+        passed = {"model": model, **texts}
+        label = f"{self.label(model)}-{texts['split'].params['split']['size']:g}"
         shards = self._fisher_shards()
         covariance = self.plan.add("covariance", label, params, passed, shards)
         nodes = {
@@ -354,7 +378,7 @@ class RunPlanner:
         """Jobs of a curvature pass: each writes sums of the curvature's size, so they are few."""
         return min(self.plan.study.config.shards, MAX_FISHER_SHARDS)
 
-    def _passing(self) -> dict[str, Any]:
+    def passing(self) -> dict[str, Any]:
         """Parameters of every stage that passes texts through a scoring model."""
         layers = self.config.proxy.layers.model_dump()
         return {"chat": self.chat, "compute": self.compute, "layers": layers}
@@ -381,14 +405,14 @@ class RunPlanner:
         influence = self.config.influence.model_dump(include={"loss_reduction", "on_nonfinite"})
         if not sketch:
             influence |= EXACT if exact else self._reduction()
-        params: dict[str, Any] = self._passing() | {
+        params: dict[str, Any] = self.passing() | {
             "influence": influence,
             "subset": {"name": subset},
         }
         if sketch:
             params["features"] = sketch | {"check": self.config.features.check}
         shards = self.plan.study.config.shards if subset == "all" else 1
-        parts = [self._label(model), sketch.get("kind"), None if subset == "all" else subset]
+        parts = [self.label(model), sketch.get("kind"), None if subset == "all" else subset]
         return self.plan.add("features", "-".join(filter(None, parts)), params, parents, shards)
 
     def _reduction(self) -> dict[str, Any]:
@@ -399,7 +423,7 @@ class RunPlanner:
         """Whether scores are those of the scoring model's whole gradients."""
         return not self.sketch() and self._reduction() == EXACT
 
-    def _label(self, model: Node) -> str:
+    def label(self, model: Node) -> str:
         """What a scoring model is called in the ids of what is computed at it."""
         return "target" if model.parents.get("target") is self.target else model.label
 
@@ -417,7 +441,7 @@ class RunPlanner:
         """
         if not self.config.fidelity.enabled:
             return {}
-        subset = "all" if self._slice_is_pool() else "fidelity"
+        subset = "all" if self.slice_is_pool() else "fidelity"
         if self.config.proxy.kind == "target" and self._is_exact():
             return {}
         params: dict[str, Any] = {
@@ -426,14 +450,14 @@ class RunPlanner:
         }
         ours = self.features(nodes["model"], subset)
         parents = {"proxy": ours, "target": self.features(nodes["warmup"], subset, exact=True)}
-        label = self._label(nodes["model"])
+        label = self.label(nodes["model"])
         if self.sketch():
             params["features"] = self.sketch()
             parents |= {f"proxy_{role}": q for role, q in self.queries(nodes["model"]).items()}
             label = f"{label}-{self.config.features.kind}"
         return {"fidelity": self.plan.add("fidelity", label, params, parents)}
 
-    def _slice_is_pool(self) -> bool:
+    def slice_is_pool(self) -> bool:
         """Whether the fidelity slice is known to be the whole pool, so that its pass is shared."""
         size, limit = self.config.split.fidelity, self.plan.study.config.pool.limit
         if isinstance(size, float):
@@ -453,7 +477,7 @@ class RunPlanner:
             params["features"] = self.sketch()
         for epoch in self._earlier_epochs():
             then = RunPlanner(self.plan, self.run, epoch)
-            made = then._scoring_model()
+            made = then.scoring_model()
             made |= then._scored(made["model"])
             at = then._ranked(made).items()
             parents |= {f"checkpoint/{epoch}/{role}": node for role, node in at}
@@ -467,7 +491,10 @@ class RunPlanner:
 
     def _scored(self, model: Node) -> dict[str, Node]:
         """The scoring pass over the pool, and the curvature that its queries were changed by."""
-        return {**self.curvature(self._asked(model)), "features": self.features(model, "all")}
+        nodes = self.curvature(self.asked(model))
+        if self.is_multistage:
+            nodes["finetuned"] = finetuned_model(self)
+        return {**nodes, "features": self.features(model, "all")}
 
     def _ranked(self, nodes: dict[str, Node]) -> dict[str, Node]:
         """What a ranking reads of one checkpoint: features, and queries if they are sketches."""

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from iprox.plan.runs import RunPlanner
 
 
-def _tasks(planner: RunPlanner) -> dict[str, Node]:
-    """The queries of every task."""
+def task_parents(planner: RunPlanner) -> dict[str, Node]:
+    """The examples of every task."""
     return {f"task/{t.name}": planner.plan.shared[f"task-{t.name}"] for t in planner.tasks}
 
 
 PARENTS: dict[str, Callable[[RunPlanner], dict[str, Node]]] = {
-    "tasks": _tasks,
+    "tasks": task_parents,
     "warmup": lambda planner: {"warmup": planner.warmup()},
 }
 """What a scorer may read besides the pool: name -> stages, by the roles a job finds them under."""

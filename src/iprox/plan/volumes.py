@@ -24,13 +24,14 @@ CHARACTERS_PER_TOKEN = 4
 SUPERVISED = 0.5
 """Share of an example's tokens with a loss when nothing has been counted."""
 
-QUERIES = {"mmlu": 285, "bbh": 81, "tydiqa": 9, "messages": 50}
+QUERIES = {"mmlu": 285, "bbh": 81, "tydiqa": 9, "messages": 50, "custom": 50}
 """Development examples per kind of task: those LESS uses (arXiv:2402.04333, Table 1)."""
 
-QUERY_TOKENS = {"mmlu": 150, "bbh": 800, "tydiqa": 400, "messages": TOKENS}
-SUBTASKS = {"mmlu": 57, "bbh": 27, "tydiqa": 9, "messages": 1}
-TEST_ITEMS = {"mmlu": 14_042, "bbh": 1_080, "tydiqa": 1_713, "messages": 200}
-TEST_TOKENS = {"mmlu": 800, "bbh": 1_200, "tydiqa": 700, "messages": TOKENS}
+QUERY_TOKENS = {"mmlu": 150, "bbh": 800, "tydiqa": 400, "messages": TOKENS, "custom": TOKENS}
+SUBTASKS = {"mmlu": 57, "bbh": 27, "tydiqa": 9, "messages": 1, "custom": 1}
+TEST_ITEMS = {"mmlu": 14_042, "bbh": 1_080, "tydiqa": 1_713, "messages": 200, "custom": 200}
+TEST_TOKENS = {"mmlu": 250, "bbh": 1_200, "tydiqa": 700, "messages": TOKENS, "custom": TOKENS}
+"""Of MMLU without the worked examples: they are read once for a subject."""
 
 
 class Texts(NamedTuple):
@@ -113,6 +114,10 @@ class Volumes:
         self._said(label, n, f"of {tokens:.0f} tokens each, {source}")
         return Texts(n, tokens, share)
 
+    def kind_queries(self, kind: str) -> int:
+        """Development examples of a kind of task, when a study does not say how many."""
+        return QUERIES[kind]
+
     def groups(self, query: Node) -> int:
         """Query gradients of a task: one, or one for each of its subtasks.
 
@@ -132,7 +137,7 @@ class Volumes:
         section, label = task.params["task"], f"test items of {task.params['task']['name']}"
         asked = _test_items(section)
         n, source = asked, "assumed"
-        tokens = _assumed(QUERY_TOKENS if section["test"] is None else TEST_TOKENS, section, node)
+        tokens = _assumed(TEST_TOKENS if _is_tested(section) else QUERY_TOKENS, section, node)
         for made in self._counted("evaluation", node, "task", task):
             counts = made.metrics
             before = _test_items(made.node.parents["task"].params["task"])
@@ -172,9 +177,13 @@ def _assumed(by_kind: Mapping[str, int], section: Mapping[str, Any], node: Node)
     return min(tokens, int(node.params["chat"]["max_length"]))
 
 
+def _is_tested(section: Mapping[str, Any]) -> bool:
+    return section["test"] is not None or section["test_hub"] is not None
+
+
 def _test_items(section: Mapping[str, Any]) -> int:
     """Test items that a task asks for."""
-    if section["test"] is None:
+    if not _is_tested(section):
         return int(section["heldout"])
     return int(section["test_limit"] or TEST_ITEMS[section["kind"]])
 

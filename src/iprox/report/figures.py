@@ -24,6 +24,7 @@ from iprox.report.charts import (
     short,
 )
 from iprox.report.formats import known
+from iprox.report.selected import overlaps
 
 NEGATIVE, POSITIVE = SERIES[1], SERIES[0]
 ROW = 24
@@ -37,6 +38,7 @@ def all_figures(study: Study) -> dict[str, list[Chart]]:
         "fidelity_layers": layer_fidelity(study),
         "scores": [c for task in study.tasks if (c := score_distributions(study, task))],
         "agreement": [c for task in study.tasks if (c := agreement(study, task))],
+        "overlaps": [c for task in study.tasks if (c := overlap(study, task))],
         "heldout": heldout(study),
         "training": training(study),
         "alignment": alignment(study),
@@ -276,14 +278,26 @@ def _ridge(axes: Any, values: np.ndarray, edges: np.ndarray, level: int, colour:
 def agreement(study: Study, task: str) -> Chart | None:
     """Spearman correlations between the scores of all runs for one task, as a triangle."""
     table = tables.agreement(study)
-    table = table[table["task"] == task]
-    names = list(dict.fromkeys(table["run_a"]))
+    part = table.loc[table["task"] == task, ["run_a", "run_b", "spearman"]]
+    return _triangle(study, f"agreement-{task}", f"Agreement on {task}", part)
+
+
+def overlap(study: Study, task: str) -> Chart | None:
+    """Parts of the selections that any two runs share for one task, as a triangle."""
+    table = overlaps(study)
+    part = table.loc[table["task"] == task, ["run_a", "run_b", "overlap"]]
+    return _triangle(study, f"overlap-{task}", f"Selected alike for {task}", part)
+
+
+def _triangle(study: Study, name: str, title: str, pairs: pd.DataFrame) -> Chart | None:
+    """A heat map of one number for every pair of runs: run, run, number."""
+    names = list(dict.fromkeys(pairs["run_a"]))
     if len(names) < 2:
         return None
     cell = min(58, max(20, (WIDE_ENOUGH - 6.5 * max(len(short(n)) for n in names)) / len(names)))
-    with drawing(f"agreement-{task}", f"Agreement on {task}", 80 + cell * len(names)) as canvas:
+    with drawing(name, title, 80 + cell * len(names)) as canvas:
         axes = canvas.axes
-        for first, second, value in table[["run_a", "run_b", "spearman"]].to_numpy():
+        for first, second, value in pairs.to_numpy():
             _heat_cell(
                 axes, names.index(first), names.index(second), float(value), len(names) <= 10
             )

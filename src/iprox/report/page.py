@@ -121,6 +121,7 @@ def render(study: Study, frames: dict[str, pd.DataFrame], charts: dict[str, list
         composition=composition_grids(study, frames["composition"]),
         examples=examples_shown(study, frames["examples"]),
         heldout=heldout_grid(study, frames["heldout"]),
+        paired=paired_grid(study, frames["paired"]),
         layers=layers_grid(frames["layers"]),
         costs=costs_grid(study, frames["costs"]),
         versions=versions(study),
@@ -538,7 +539,7 @@ def heldout_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
     """Every evaluation: value with interval, change to base with paired interval."""
     if frame.empty:
         return None
-    names = ["run", "task", "metric", "value", "change to base", "items"]
+    names = ["run", "task", "metric", "value", "change to base", "p", "items"]
     rows = []
     for row in frame.to_dict("records"):
         why = (
@@ -560,10 +561,40 @@ def heldout_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
                 Cell(_metric_name(row["metric"])),
                 _measured(row["value"], row["low"], row["high"], 3, "not measured"),
                 delta,
+                _plain(row["delta_p"], p_text, why),
                 _plain(row["n"], lambda v: f"{v:,.0f}", "not recorded"),
             ]
         )
-    return Grid([(n, n in ("value", "change to base", "items")) for n in names], rows)
+    return Grid([(n, n in ("value", "change to base", "p", "items")) for n in names], rows)
+
+
+def paired_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
+    """Every two groups of runs on the same items: difference, interval, test."""
+    if frame.empty:
+        return None
+    names = ["task", "metric", "A", "B", "A - B", "p", "items"]
+    rows = [
+        [
+            Cell(row["task"]),
+            Cell(_metric_name(row["metric"])),
+            *(_group_cell(study, row[side], len(study.groups.get(row[side], []))) for side in "ab"),
+            Cell(
+                signed(row["difference"]),
+                f"{row['difference']:.6g}",
+                interval(row["low"], row["high"]),
+                sure=row["low"] > 0 or row["high"] < 0,
+            ),
+            _plain(row["p"], p_text, "not tested"),
+            _plain(row["n"], lambda v: f"{v:,.0f}", "not recorded"),
+        ]
+        for row in frame.to_dict("records")
+    ]
+    return Grid([(n, n in ("A - B", "p", "items")) for n in names], rows)
+
+
+def p_text(value: float) -> str:
+    """A p-value as it is read."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def layers_grid(frame: pd.DataFrame) -> Grid | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from itertools import combinations_with_replacement
 
 import numpy as np
 import pandas as pd
@@ -20,8 +21,10 @@ BEST, WORST = "best", "worst"
 
 
 def selected_ids(selection: Artifact, task: str) -> set[str]:
-    """Ids selected for one task."""
+    """Ids selected for one task; all of a selection that tasks share."""
     table = selection.table("selection.parquet")
+    if selection.params.get("select", {}).get("tasks", "each") != "each":
+        return set(table["example_id"])
     return set(table.loc[table["task"] == task, "example_id"])
 
 
@@ -37,6 +40,28 @@ def selection_overlap(study: Study, run: Run, task: str) -> float:
     ours = selected_ids(run.artifacts["selection"], task)
     theirs = selected_ids(reference.artifacts["selection"], task)
     return len(ours & theirs) / len(theirs) if theirs else float("nan")
+
+
+def overlaps(study: Study) -> pd.DataFrame:
+    """How much any two runs selected alike: task, run_a, run_b, overlap, jaccard, n_a, n_b.
+
+    ``overlap`` is the part of the smaller selection that is in the other too. Of runs that differ
+    only by a random draw the first stands for all.
+    """
+    selecting = [run for run in study.drawn_once if "selection" in run.artifacts]
+    rows = []
+    for task in study.tasks:
+        chosen = {run.name: selected_ids(run.artifacts["selection"], task) for run in selecting}
+        for a, b in combinations_with_replacement(chosen, 2):
+            both, sizes = len(chosen[a] & chosen[b]), (len(chosen[a]), len(chosen[b]))
+            least, either = min(sizes), len(chosen[a] | chosen[b])
+            rows.append([task, a, b, _share(both, least), _share(both, either), sizes[0], sizes[1]])
+    columns = ["task", "run_a", "run_b", "overlap", "jaccard", "n_a", "n_b"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else float("nan")
 
 
 def composition(study: Study) -> pd.DataFrame:

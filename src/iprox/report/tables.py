@@ -7,6 +7,7 @@ what is computed here is differences, shares, overlaps and rank correlations.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -297,7 +298,7 @@ def heldout(study: Study) -> pd.DataFrame:
     """All metrics of all evaluations: run (or ``base``), group, task, metric, value, low, high, n.
 
     ``delta`` is the difference to the untouched target on the same items, with its paired 95 %
-    interval ``delta_low``, ``delta_high``.
+    interval ``delta_low``, ``delta_high`` and the paired test's ``delta_p``.
     """
     rows = [
         _heldout_row(study, "base", "base", task, metric, artifact)
@@ -311,7 +312,31 @@ def heldout(study: Study) -> pd.DataFrame:
         for metric in metric_names(artifact)
     ]
     columns = ["run", "group", "task", "metric", "value", "low", "high", "n"]
-    return pd.DataFrame(rows, columns=[*columns, "delta", "delta_low", "delta_high"])
+    return pd.DataFrame(rows, columns=[*columns, "delta", "delta_low", "delta_high", "delta_p"])
+
+
+def paired(study: Study) -> pd.DataFrame:
+    """Every two groups of runs (and ``base``) on the same test items, metric by metric.
+
+    Columns task, metric, a, b, difference (a - b), low, high (paired 95 % interval), p (paired
+    test) and n. Runs that differ only by a random draw are one group, averaged by item.
+    """
+    rows = []
+    for task in study.tasks:
+        sides = {"base": [study.base[task]]} if task in study.base else {}
+        for group, members in study.groups.items():
+            found = [m.of("evaluation", study.tasks).get(task) for m in members]
+            made = [artifact for artifact in found if artifact is not None]
+            if made and len(made) == len(found):
+                sides[group] = made
+        for (a, first), (b, second) in itertools.combinations(sides.items(), 2):
+            for metric in metric_names(first[0]):
+                difference = compare(metric, first, second)
+                if difference is not None:
+                    ends = (difference.low, difference.high, difference.p_value, difference.n)
+                    rows.append([task, metric, a, b, difference.value, *ends])
+    columns = ["task", "metric", "a", "b", "difference", "low", "high", "p", "n"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def metric_names(evaluation: Artifact) -> list[str]:
@@ -332,15 +357,22 @@ def _heldout_row(
     if difference is None:
         return row
     ends = {"delta_low": difference.low, "delta_high": difference.high}
-    return {**row, "delta": difference.value, **ends}
+    return {**row, "delta": difference.value, **ends, "delta_p": difference.p_value}
 
 
 def item_values(evaluation: Artifact, metric: str) -> pd.Series | None:
     """Value of each test item of one metric (index: item); None if it is no mean over items."""
-    if metric not in ITEMS:
-        return None
+    return values_of(evaluation.table("items.parquet"), metric) if metric in ITEMS else None
+
+
+def values_of(items: pd.DataFrame, metric: str) -> pd.Series | None:
+    """Value of each item of one of the ``ITEMS`` metrics; None where nothing was measured.
+
+    Args:
+        items: Rows of ``items.parquet``.
+        metric: Its name.
+    """
     kind, column = ITEMS[metric]
-    items = evaluation.table("items.parquet")
     values: pd.Series = items[items["kind"] == kind].set_index("example_id")[column]
     values = values.dropna().astype(float)
     return values if len(values) else None

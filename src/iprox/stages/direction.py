@@ -34,15 +34,17 @@ def make(job: Job) -> Metrics:
     section = job.section(CurvatureSection, "curvature")
     name = job.params["estimator"]["kind"]
     query = open_store(job.parents["query"] / "query.zarr")
-    if "curvature" in job.parents:
-        fitted = job.parents["curvature"] / "curvature.zarr"
-        check_origin(query.attrs, open_store(fitted).attrs, fitted)
+    for role in ("finetuned_curvature", "curvature"):
+        if role in job.parents:  # the curvature of the model that the query was taken at
+            fitted = job.parents[role] / "curvature.zarr"
+            check_origin(query.attrs, open_store(fitted).attrs, fitted)
+            break
     precondition = importlib.import_module(f"iprox.estimators.{name}").preconditioner(job)
     about = dict(query.attrs)
     groups = [str(group) for group in query["group"][...]]
     layers = {n: (int(out), int(features)) for n, (out, features) in about.pop("layers").items()}
     settings = {"amount": section.damping, "mode": section.damping_mode}
-    about |= {"estimator": name, "damping": settings}
+    about |= {"estimator": name, "damping": settings, **getattr(precondition, "about", {})}
     store = create_query_store(job.out / "query.zarr", layers, groups, about)
     squares = np.zeros(len(groups))
     dampings: dict[str, float] = {}

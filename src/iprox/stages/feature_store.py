@@ -25,6 +25,13 @@ BLOCK_ROWS = 2**20
 """Examples that are in memory at once."""
 
 EXACT = "exact"
+
+EMBEDDING = "embedding"
+"""What shards of text embeddings say they are, where sketches of gradients name their map."""
+
+ROWS = "rows.zarr"
+"""Store with a row for each query of a task."""
+
 PER_EXAMPLE = ("example_id", "dots", "norms", "loss", "tokens", "supervised")
 
 
@@ -169,6 +176,11 @@ class FeatureStore:
     query_norms: np.ndarray
     dots: Callable[[Any, slice], np.ndarray]
 
+    @property
+    def has_losses(self) -> bool:
+        """Whether the examples passed a model that gives them a loss."""
+        return all(shard.attrs.get("kind") != EMBEDDING for _, shard in self.shards)
+
     def blocks(self) -> Iterator[Features]:
         """The examples in ascending order of their ids, at most ``BLOCK_ROWS`` at a time.
 
@@ -221,6 +233,8 @@ class FeatureStore:
 def open_scored(job: Job, role: str, queries: str) -> FeatureStore:
     """Open a parent's features; when they are sketches, sketch its query gradients too.
 
+    Of queries that come as a row each, sketches or embeddings, means are taken.
+
     Args:
         job: Has the section ``features`` when there are sketches among its parents.
         role: Role of the parent.
@@ -230,8 +244,13 @@ def open_scored(job: Job, role: str, queries: str) -> FeatureStore:
         ArtifactError: The features are of other settings than the job's, or not of one kind.
     """
     folders = job.roles(queries)
-    sketches = None
-    if folders:
+    sketches: QuerySketches | None = None
+    if folders and all((folder / ROWS).is_dir() for folder in folders.values()):
+        from iprox.stages.query_rows import mean_rows
+
+        by_subtask = job.params["influence"]["val_agg"] == "subtask_max"
+        sketches = mean_rows(folders, by_subtask)
+    elif folders:
         from iprox.stages.sketches import query_sketches
 
         sketches = query_sketches(folders, job.section(FeaturesSection, "features"))
@@ -314,6 +333,43 @@ def restrict(features: Features, ids: Sequence[str]) -> Features:
     values = {f.name: getattr(features, f.name) for f in fields(features)}
     kept = {name: values[name][rows] for name in PER_EXAMPLE[1:]}
     return Features(**values | kept | {"example_id": features.example_id.filter(keep)})
+
+
+def sketch_rows(folder: Path, ids: Sequence[str]) -> np.ndarray:
+    """Sketches of some examples at unit length, in the order asked for.
+
+    Only rows that are asked for are kept; the rest passes by a chunk at a time.
+
+    Args:
+        folder: A features artifact of sketches.
+        ids: Ids of the examples.
+
+    Returns:
+        (examples, dim) in the precision they are stored in.
+
+    Raises:
+        ArtifactError: There are no sketches, or an example has none.
+    """
+    wanted = pa.array(list(ids), pa.large_string())
+    rows: np.ndarray | None = None
+    found = np.zeros(len(wanted), dtype=bool)
+    for path in sorted(folder.glob("shard-*.zarr")):
+        shard = open_store(path)
+        if "sketch" not in shard:
+            raise ArtifactError("features are not sketches", where=path, fix="set features.kind")
+        sketch, places = shard["sketch"], pc.index_in(_read_ids(shard["example_id"]), wanted)
+        here = places.fill_null(-1).to_numpy()
+        if rows is None:
+            rows = np.zeros((len(wanted), sketch.shape[1]), dtype=sketch.dtype)
+        for start in range(0, len(here), sketch.chunks[0]):
+            part = here[start : start + sketch.chunks[0]]
+            if (part >= 0).any():
+                rows[part[part >= 0]] = sketch[start : start + len(part)][part >= 0]
+        found[here[here >= 0]] = True
+    if rows is None or not found.all():
+        missing = [] if rows is None else wanted.filter(pa.array(~found))[:1].to_pylist()
+        raise ArtifactError("examples are missing from the features", where=folder, value=missing)
+    return rows
 
 
 def _sketched_dots(queries: QuerySketches) -> Callable[[Any, slice], np.ndarray]:

@@ -42,7 +42,8 @@ def make(job: Job) -> Metrics:
     over tasks, and has these rows besides: ``loss_mean_proxy``, ``loss_mean_target`` and
     ``loss_retention`` (target's loss over the proxy's); ``parameters_ratio`` of the whole
     models, ``scored_parameters_ratio`` of the layers whose gradients count, and ``flops_ratio``
-    of the two scoring passes (proxy's over target's, no interval). ``low`` and ``high`` bound the
+    of the two scoring passes (proxy's over target's, no interval). Of a scorer that learns,
+    ``teacher_spearman`` is its agreement with its own teacher. ``low`` and ``high`` bound the
     95 % bootstrap interval over examples.
 
     ``layers.parquet`` has a row per layer and task, see :func:`layer_table`; none when a pass
@@ -60,15 +61,20 @@ def make(job: Job) -> Metrics:
     score = job.section(InfluenceSection, "influence").score
     stores = [open_scored(job, r, f"{r}_query") for r in ("proxy", "target")]
     proxy, target = whole = [store.read() for store in stores]
-    _check_same(proxy, target)
     kept = np.ones(len(proxy.example_id), dtype=bool)
     if "split" in job.parents:
         ids = split_ids(job.parents["split"], "fidelity")
         proxy, target = (restrict(features, ids) for features in whole)
         kept = pc.is_in(whole[0].example_id, proxy.example_id).to_numpy(zero_copy_only=False)
+    _check_same(proxy, target)
     pairs, scorable = score_pairs(proxy, target, score)
     rows = agreement(pairs, section) + above_length(pairs, target, scorable, section)
-    rows += losses(proxy, target, scorable, section) + cost_ratios(stores)
+    if stores[0].has_losses:
+        rows += losses(proxy, target, scorable, section)
+    rows += cost_ratios(stores)
+    if "teacher" in job.parents:
+        teacher = open_scored(job, "teacher", "teacher_query").read()
+        rows += beside_teacher(proxy, teacher, section)
     table = pd.DataFrame(rows)
     kept[kept] = scorable
     layers, layer_counts = layer_table(stores, whole, kept, score)
@@ -186,6 +192,25 @@ def _mean_over_tasks(
     return MEAN, float(np.mean(values)), np.mean(draws, axis=0)
 
 
+def beside_teacher(
+    ours: Features, teacher: Features, section: FidelitySection
+) -> list[dict[str, Any]]:
+    """Rows of a learned scorer's rank correlation with the teacher it learnt from.
+
+    Both score by the mean over a task's queries of cosines: of embeddings, of gradients.
+    """
+    pairs, _ = score_pairs(ours, teacher, "cosine")
+    measured = []
+    for task, (a, b) in pairs.items():
+        draws = bootstrap(spearman, a, b, section.bootstrap, section.seed)
+        measured.append((task, float(spearman(a, b)), draws))
+    n = len(next(iter(pairs.values()))[0])
+    return [
+        _row(task, "teacher_spearman", value, draws, n)
+        for task, value, draws in [*measured, _mean_over_tasks(measured)]
+    ]
+
+
 def cost_ratios(stores: Sequence[FeatureStore]) -> list[dict[str, Any]]:
     """Rows of the proxy's size and operations over the target's, where both passes counted them.
 
@@ -299,7 +324,7 @@ def _check_same(proxy: Features, target: Features) -> None:
     """Refuse to compare passes over different examples or tasks."""
     for what, ours, theirs in (
         ("examples", proxy.example_id.tolist(), target.example_id.tolist()),
-        ("tasks", proxy.columns, target.columns),
+        ("tasks", proxy.tasks, target.tasks),
     ):
         if ours != theirs:
             odd = sorted(set(ours) ^ set(theirs))

@@ -1,4 +1,4 @@
-"""Stage ``selection``: the best of every task's ranking, as a table and as training files."""
+"""Stage ``selection``: the best of the tasks' rankings, as a table and as training files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +17,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from iprox.data.contamination import in_pool, pair_table, refuse
 from iprox.errors import ArtifactError, DataError
+from iprox.stages.subsets import choose, is_plain
 from iprox.store.job import Job, Metrics
 from iprox.store.tables import (
     count_rows,
@@ -42,23 +45,35 @@ def make(job: Job) -> Metrics:
     ``selection.parquet`` has a row per task and selected example: example_id, task, rank,
     score and the reason in words, best first. ``selected.jsonl`` holds every selected example
     once, a line each: example_id, tasks (that chose it), messages, source, category;
-    ``selected/<task>.jsonl`` those of one task.
+    ``selected/<task>.jsonl`` those of one task. ``contaminated.parquet`` lists examples of the
+    tasks that also stand in the pool.
 
     Returns:
-        Numbers of pool examples, examples kept per task, distinct examples, and examples
-        without a score.
+        Numbers of pool examples, examples kept (per task, unless tasks choose together),
+        distinct examples, examples without a score, and examples passed over by reason.
 
     Raises:
-        DataError: The fraction keeps nothing, or fewer examples have a score than it keeps.
+        DataError: The fraction keeps nothing, fewer examples have a score or pass than are to be
+            kept, a quota is of a category that no example has, or an example of a
+            task also stands in the pool.
         ArtifactError: Ranking and pool do not hold the same examples.
     """
-    fraction = job.section(SelectSection, "select").fraction
+    section = job.section(SelectSection, "select")
+    contaminated = _check_contamination(job, section.allow_contaminated)
     ranking_file = job.parents["ranking"] / "ranking.parquet"
     n_examples = count_rows(_pool_file(job))
-    keep = n_selected(fraction, n_examples)
+    keep = n_selected(section.fraction, n_examples)
+    if section.count is not None:
+        keep = _checked_count(section.count, n_examples)
     tally = tally_ranking(ranking_file)
     _check_tally(tally, n_examples, keep, ranking_file)
-    table = select_top(ranking_file, keep, tally)
+    refused: Counter[str] = Counter()
+    if is_plain(section):
+        table = select_top(ranking_file, keep, tally)
+    else:
+        chosen = choose(job, section, keep, _basis(read_metadata(ranking_file)))
+        table, refused = chosen.table[COLUMNS], chosen.refused
+        log.info("passed over: %s", dict(refused) or "none")
     write_table(job.out / "selection.parquet", table, job.params["select"])
     _write_files(job.out, table, _pool_rows(_pool_file(job), table["example_id"], ranking_file))
     return {
@@ -66,7 +81,30 @@ def make(job: Job) -> Metrics:
         "selected_per_task": keep,
         "selected_distinct": int(table["example_id"].nunique()),
         "without_score": max(t.ranked - t.scored for t in tally.values()),
+        "contaminated": contaminated,
+        **{f"passed_over_{reason}": n for reason, n in sorted(refused.items())},
     }
+
+
+def _check_contamination(job: Job, allowed: bool) -> int:
+    """Write ``contaminated.parquet``: examples of the tasks that also stand in the pool.
+
+    Returns:
+        The number of pool examples concerned.
+
+    Raises:
+        DataError: There are some, and they are not allowed.
+    """
+    found: list[tuple[str, str, str]] = []
+    for role, folder in sorted(job.parents.items()):
+        if role.startswith("task/"):
+            pool = read_batches(_pool_file(job), ["example_id", "text_hash", "prompt_hash"])
+            pairs = list(in_pool(read_arrow(folder / "texts.parquet"), pool))
+            key = "select.allow_contaminated"
+            refuse(pairs, where=role, place="the pool", allowed=allowed, key=key)
+            found += pairs
+    write_table(job.out / "contaminated.parquet", pair_table(found))
+    return len({pool_id for _, _, pool_id in found})
 
 
 def n_selected(fraction: float, n_examples: int) -> int:
@@ -85,6 +123,23 @@ def n_selected(fraction: float, n_examples: int) -> int:
             fix="raise select.fraction or use a larger pool",
         )
     return keep
+
+
+def _checked_count(count: int, n_examples: int) -> int:
+    """A number of examples that the pool has.
+
+    Raises:
+        DataError: It has fewer.
+    """
+    if count > n_examples:
+        raise DataError(
+            "more examples are to be selected than the pool has",
+            where="select.count",
+            value=count,
+            allowed=f"at most {n_examples}",
+            fix="lower select.count, or leave it out and give select.fraction",
+        )
+    return count
 
 
 class Tally(NamedTuple):

@@ -18,7 +18,7 @@ from iprox.engine.geometry import gradient_gram
 from iprox.engine.loss import Batch
 from iprox.engine.sketching import Sketcher, sketch_gradients
 from iprox.numerics.correlation import spearman
-from iprox.numerics.sketch import CountSketch, Logra, RandomProjection, Sketch
+from iprox.numerics.sketch import CountSketch, FreshLora, Logra, RandomProjection, Sketch
 from iprox.progress import track
 from iprox.stages.feature_store import QuerySketches
 from iprox.stages.passes import Reader, model_sizes
@@ -87,6 +87,8 @@ def build_sketch(section: FeaturesSection, shapes: Mapping[str, Any], device: An
     """The map that a section asks for, over layers of these shapes."""
     if section.kind == "countsketch":
         return CountSketch(shapes, section.dim, section.seed, device)
+    if section.kind == "lora":
+        return FreshLora(shapes, section.dim, section.rank, section.seed, device)
     if section.kind == "logra":
         return Logra(shapes, section.rank, section.seed, device)
     if section.kind == "random":

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from iprox.data.pools import draw_key
-from iprox.errors import ConfigError
+from iprox.errors import ConfigError, DataError
 from iprox.store.job import Job, Metrics
 from iprox.store.tables import read_table, write_table
 
@@ -23,6 +23,7 @@ DRAWS = {
     "align": "proxy",
     "fidelity": "fidelity",
     "fisher": "fisher",
+    "teach": "fidelity",
 }
 """Split -> the random order it is taken from. Splits of one order take its two ends."""
 
@@ -35,24 +36,62 @@ def make(job: Job) -> Metrics:
             be disjoint from.
     """
     params = job.params["split"]
-    pool = read_table(job.parents["pool"] / "pool.parquet", columns=["example_id"])
+    teaches = params["name"] == "teach"
+    columns = ["example_id", "text_hash"] if teaches else ["example_id"]
+    pool = read_table(job.parents["pool"] / "pool.parquet", columns)
     ids = draw_split(pool["example_id"].tolist(), params)
+    dropped = 0
+    if teaches:
+        kept = without_texts_of(ids, heldout_of(pool["example_id"].tolist(), params), pool)
+        ids, dropped = kept, len(ids) - len(kept)
     table = pd.DataFrame({"example_id": ids, "split": params["name"], "position": range(len(ids))})
     write_table(job.out / "split.parquet", table.astype({"position": "int64"}), params)
     log.info("%s: %d of %d examples", params["name"], len(ids), len(pool))
-    return {"pool_examples": len(pool), "examples": len(ids)}
+    return {"pool_examples": len(pool), "examples": len(ids), "same_text": dropped}
+
+
+def heldout_of(ids: Sequence[str], params: dict[str, Any]) -> list[str]:
+    """The ids of the split that ``disjoint_from`` names, at the other end of the same draw."""
+    other = params["disjoint_from"]
+    return draw_split(ids, {"seed": params["seed"], **other})
+
+
+def without_texts_of(ids: Sequence[str], others: Sequence[str], pool: pd.DataFrame) -> list[str]:
+    """The ids whose text, normalised, is that of none of the others.
+
+    Args:
+        ids: Ids of a split.
+        others: Ids of another.
+        pool: ``example_id, text_hash`` of all examples.
+
+    Raises:
+        DataError: None is left.
+    """
+    hashes = dict(zip(pool["example_id"], pool["text_hash"], strict=True))
+    taken = {hashes[i] for i in others}
+    kept = [i for i in ids if hashes[i] not in taken]
+    if len(kept) < len(ids):
+        log.warning("%d examples are left out: their text is held out too", len(ids) - len(kept))
+    if not kept:
+        raise DataError(
+            "no example is left to teach with",
+            value=f"{len(ids)} examples",
+            fix="remove duplicates from the pool: their texts are all held out",
+        )
+    return kept
 
 
 def draw_split(ids: Sequence[str], params: dict[str, Any]) -> list[str]:
     """The ids of one split, in its order.
 
     Warm-up, fidelity and fisher are independent draws. Probe and align are the two ends of one
-    draw, so they are disjoint, and a change of one's size leaves the other as it was. A larger
+    draw, so they are disjoint, and a change of one's size leaves the other as it was; so are
+    fidelity and teach. A larger
     split of the same seed begins with the smaller one, and the order of ``ids`` does not matter.
 
     Args:
         ids: Ids of the pool.
-        params: ``name``, ``size`` and ``seed``; for align also ``disjoint_from`` with the
+        params: ``name``, ``size`` and ``seed``; for align and teach also ``disjoint_from`` with the
             ``name`` and ``size`` of the split at the other end.
 
     Raises:

@@ -17,10 +17,14 @@ MAX_PART = 255
 
 PATH_KEYS = {
     "pool": ("path",),
-    "task": ("path", "prompts", "test"),
+    "task": ("path", "prompts", "test", "yaml"),
     "target": ("model",),
+    "encoder": ("model",),
 }
 """Which keys of which section may name a file or folder."""
+
+MODEL_KEYS = ("target.model", "encoder.model")
+"""Keys that name a model, which need not be a folder."""
 
 
 def raw_paths(params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -90,8 +94,8 @@ def raw_input_files(params: Mapping[str, Any], data_dir: Path) -> list[Path]:
     files: list[Path] = []
     for key, path in raw_paths(params):
         check_path(path, key)
-        if key == "target.model" and not (data_dir / path).is_dir():
-            continue  # a registered or hub name, resolved by the target stage
+        if key in MODEL_KEYS and not (data_dir / path).is_dir():
+            continue  # a registered or hub name, resolved by the stage that loads it
         found = locate(path, data_dir, key)
         files += sorted(p for p in found.rglob("*") if p.is_file()) if found.is_dir() else [found]
     for file in files:

@@ -121,7 +121,7 @@ class TaskSection(Section):
     """A benchmark: its development examples are the queries that influence is measured on."""
 
     name: Name = Field(description="The task's name in tables and file names.")
-    kind: Literal["mmlu", "bbh", "tydiqa", "messages"] = Field(
+    kind: Literal["mmlu", "bbh", "tydiqa", "messages", "custom"] = Field(
         description="How records become queries and test items."
     )
     path: str | None = Field(
@@ -129,10 +129,23 @@ class TaskSection(Section):
         description="File of development examples below data_dir; absent for mmlu and bbh, whose "
         "development examples come with the lm-eval package.",
     )
+    hub: Hub | None = Field(
+        None, description="Development examples from the hub instead: a data set and its split."
+    )
     prompts: str | None = Field(None, description="bbh only: JSON file of 3-shot prompts by task.")
+    yaml: str | None = Field(
+        None,
+        description="custom only: task file of the Language Model Evaluation Harness below "
+        "data_dir, which says how records are asked and answered.",
+    )
     test: str | None = Field(
         None,
         description="File of test items below data_dir; absent: held-out development examples.",
+    )
+    test_hub: Hub | None = Field(
+        None,
+        description="Test items from the hub instead; kind bbh without a configuration: one "
+        "configuration for each task.",
     )
     queries: int | None = Field(
         None,
@@ -150,7 +163,39 @@ class TaskSection(Section):
         ge=0,
         description="Worked examples in each query's prompt; the task's standard if absent.",
     )
+    test_prompt: Literal["benchmark", "query"] = Field(
+        "benchmark",
+        description="mmlu, bbh, tydiqa: test items are asked as the benchmark asks (MMLU and BBH "
+        "without chat template), or as the queries are. Losses are always measured as queries.",
+    )
+    test_shots: int | None = Field(
+        None,
+        ge=0,
+        description="Worked examples before a test item; absent: 5 for mmlu, 3 for bbh, 1 for "
+        "tydiqa (as many as there are), or the queries' number with test_prompt query.",
+    )
+    test_per_subtask: int | None = Field(
+        None,
+        gt=0,
+        description="Test items of a subtask, at most (seeded); absent: 40 for bbh, 200 for "
+        "tydiqa, else all.",
+    )
+    allow_contaminated: bool = Field(
+        False, description="Go on when development examples are also test items; listed either way."
+    )
     seed: int = Field(0, description="Seed of all draws of this task.")
+
+    @property
+    def has_test(self) -> bool:
+        """Whether test items are read, beside those held out."""
+        return self.test is not None or self.test_hub is not None
+
+    @model_validator(mode="after")
+    def _one_source_each(self) -> TaskSection:
+        for path, hub in (("path", "hub"), ("test", "test_hub")):
+            if getattr(self, path) is not None and getattr(self, hub) is not None:
+                raise ValueError(f"give {path} or {hub}, not both")
+        return self
 
 
 class ChatSection(Section):
@@ -177,6 +222,11 @@ class SplitSection(Section):
     )
     fisher: Size = Field(
         1024, description="Examples that curvature is fitted on; read by kfac, ekfac and datainf."
+    )
+    teach: Size = Field(
+        0.2,
+        description="Examples a teacher labels for scorers that learn; none is in the fidelity "
+        "slice, by id or by text.",
     )
     seed: int = Field(0, description="Seed of all splits; each split is an independent draw.")
 
@@ -398,9 +448,11 @@ class InfluenceSection(Section):
     )
     estimator: EstimatorName = Field(
         "tracin",
-        description="What is done to the query gradient before scoring; tracin: nothing (with "
-        "score: dot that is GradDot). kfac, ekfac and datainf multiply it by an inverse curvature "
-        "of the scoring model, as influence functions do.",
+        description="What is done to the query gradient before scoring; tracin: nothing; graddot: "
+        "nothing either, and scores are dot products whatever score says. kfac, ekfac and "
+        "datainf multiply it by an inverse curvature of the scoring model, as influence "
+        "functions do; multistage takes it at a model that was fine-tuned afterwards, and by "
+        "that model's curvature first.",
     )
     query_rank: int = Field(
         0,
@@ -425,6 +477,13 @@ class InfluenceSection(Section):
         description="An example whose loss or gradient is not finite stops the job, or is left "
         "out of the ranking, counted and listed.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _graddot_is_a_dot_product(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("estimator") == "graddot":
+            return {**values, "score": "dot"}
+        return values
 
 
 class CurvatureSection(Section):
@@ -452,22 +511,54 @@ class CurvatureSection(Section):
         description="kfac, ekfac: longer inputs or outputs are split into blocks, correlations "
         "between which are dropped.",
     )
+    proximity: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        "auto",
+        description="multistage: how strongly fine-tuning held the weights to those it began "
+        "with; auto: one over the sum of its learning rates.",
+    )
     seed: int = Field(0, description="Seed of sampled labels.")
+
+
+class FinetunedSection(Section):
+    """What the target was fine-tuned on after the pool, for the estimator multistage.
+
+    The pool is then the text of an earlier stage of training, scored at the target, and tasks
+    are measured at the fine-tuned model (arXiv:2505.05017).
+    """
+
+    pool: PoolSection | None = Field(None, description="Examples of the fine-tuning.")
+    model: str | None = Field(
+        None,
+        description="The fine-tuned model, named as target.model is; absent: the study fine-tunes "
+        "the warmed-up target itself.",
+    )
+    revision: str | None = Field(None, description="Hub commit or tag of model.")
+    examples: Size = Field(1.0, description="Examples of this pool that are trained on.")
+    epochs: float = Field(1.0, gt=0, description="Passes over them.")
+    lr: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
+    batch: int = Field(32, gt=0, description="Sequences per optimizer step.")
+    fisher: Size = Field(
+        1024, description="Examples the fine-tuned model's curvature is fitted on."
+    )
+    seed: int = Field(0, description="Seed of the order of examples, and of both draws.")
 
 
 class FeaturesSection(Section):
     """What is kept of every pool example's gradient."""
 
-    kind: Literal["exact", "countsketch", "logra", "random"] = Field(
+    kind: Literal["exact", "countsketch", "lora", "logra", "random"] = Field(
         "exact",
         description="Exact inner products with the tasks' gradients (nothing of the gradient is "
         "kept, a new task costs a pass), or a sketch of the gradient, which any later task is "
-        "compared with: a count sketch, low-rank features of each layer (LoGRA), or a random "
-        "projection.",
+        "compared with: a count sketch, of the gradient or (faster) of a fresh LoRA's as "
+        "Influcoder takes it, low-rank features of each layer (LoGRA), or a random projection.",
     )
-    dim: int = Field(8192, ge=1, description="countsketch, random: numbers kept per example.")
+    dim: int = Field(8192, ge=1, description="countsketch, lora, random: numbers per example.")
     rank: int = Field(
-        16, ge=1, description="logra: rank on each side; rank * rank numbers per layer and example."
+        16,
+        ge=1,
+        description="logra: rank on each side; rank * rank numbers per layer and example. "
+        "lora: rank of the adapters.",
     )
     distribution: Literal["rademacher", "gaussian"] = Field(
         "rademacher", description="random: entries of the projection."
@@ -488,10 +579,12 @@ class ScorerSection(Section):
 
     kind: ScorerName = Field(
         "gradient",
-        description="Gradient influence through the proxy; or random order, length of the "
-        "response, similarity of words to the queries (TF-IDF, BM25), importance of n-grams "
-        "(DSIR); or, of the warmed-up target, similarity of hidden states (RepSim), the "
-        "response's perplexity, or how little its prompt helps it (IFD).",
+        description="Gradient influence through the proxy; a text encoder that learns it from the "
+        "teach split (influcoder), or a linear function of its embeddings that does (regression); "
+        "or random order, length of the response, similarity of "
+        "words to the queries (TF-IDF, BM25), importance of n-grams (DSIR); or, of the warmed-up "
+        "target, similarity of hidden states (RepSim), the response's perplexity, or how little "
+        "its prompt helps it (IFD).",
     )
     prefer: Literal["high", "low", "middle"] = Field(
         "high", description="length, perplexity, ifd: which values rank first."
@@ -516,10 +609,76 @@ class ScorerSection(Section):
         description="repsim: hidden state of the last token (RDS), or their mean, later tokens "
         "weighing more (RDS+).",
     )
+    fit: Literal["ridge", "adam"] = Field(
+        "ridge",
+        description="regression: closed form, the penalty chosen by leaving one out; or, as "
+        "published, a few passes of Adam, which hardly move the weights.",
+    )
     draws: int = Field(
         1, ge=1, le=1000, description="random: number of independent draws, a run each."
     )
     seed: int = Field(0, description="random: seed of the first draw; dsir: of its draw.")
+
+
+class EncoderSection(Section):
+    """The text encoder of scorers that learn: which one, what it sees, and how it is taught."""
+
+    model: str = Field(
+        "minilm-l6",
+        description="minilm-l6 (all-MiniLM-L6-v2, from a pinned package), a hub name, or a folder "
+        "relative to data_dir, such as an encoder that an earlier study trained.",
+    )
+    revision: str | None = Field(None, description="Hub commit or tag.")
+    train: bool = Field(
+        True,
+        description="influcoder: teach the encoder the teacher's scores; false: use it as it is, "
+        "which needs no teacher.",
+    )
+    max_length: int = Field(
+        256, ge=8, description="Tokens of a text that it sees; longer ones lose their beginning."
+    )
+    max_cut: float = Field(
+        0.2, ge=0, le=1, description="Stop when a larger share of texts than this is cut."
+    )
+    instruction: str = Field(
+        "Find examples that teach this: ", description="Put before a query's text."
+    )
+    queries: int = Field(8, ge=1, description="Queries of a training block.")
+    candidates: int = Field(16, ge=2, description="Candidates of a training block.")
+    hard_ratio: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of a block's candidates taken from those its queries score highest.",
+    )
+    alpha: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Weight of the correlation with the teacher's scores; the rest is that of the "
+        "divergence of each query's distribution over candidates.",
+    )
+    temperature: float = Field(0.05, gt=0, description="Temperature of these distributions.")
+    epochs: int = Field(
+        8, gt=0, description="Passes over the labelled candidates and, at least, all queries."
+    )
+    lr: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay.")
+    lr_warmup: float = Field(
+        0.1, ge=0, lt=1, description="Share of steps with rising learning rate."
+    )
+    heldout: Fraction = Field(
+        0.2, description="Share of each task's queries the encoder is judged on and never sees."
+    )
+    validation: Fraction = Field(
+        0.1, description="Share of the labelled candidates kept to choose an epoch by."
+    )
+    select_by: Literal["validation", "last"] = Field(
+        "validation",
+        description="Keep the epoch that agrees best on the validation candidates "
+        "(the untrained encoder included), or the last.",
+    )
+    seed: int = Field(0, description="Seed of blocks, of dropout and of what is held out.")
 
 
 class FidelitySection(Section):
@@ -545,9 +704,64 @@ class FidelitySection(Section):
 
 
 class SelectSection(Section):
-    """How many examples of the ranking are kept, for each task."""
+    """Which examples of the ranking are kept, for each task or for all together."""
 
-    fraction: Fraction = Field(0.05, description="Share of the pool selected for each task.")
+    fraction: Fraction = Field(0.05, description="Share of the pool selected.")
+    count: int | None = Field(
+        None, gt=0, description="Number of examples selected, in place of fraction."
+    )
+    tasks: Literal["each", "round_robin", "union"] = Field(
+        "each",
+        description="A selection for each task; or one for all: each takes its best example left "
+        "in turn, or the best by calibrated scores are taken. One model is then trained.",
+    )
+    calibrate: Literal["rank", "zscore"] = Field(
+        "rank", description="tasks union: scale on which scores of tasks are compared."
+    )
+    method: Literal["top", "threshold", "k_centre", "facility_location", "dpp"] = Field(
+        "top",
+        description="The best; the best that are not alike; or, among a shortlist of the best, "
+        "greedy k-centre, facility location, or a determinantal process. All but top compare "
+        "features: sketches of gradients (features.kind) or embeddings.",
+    )
+    max_similarity: float = Field(
+        0.9, ge=-1, le=1, description="threshold: largest cosine to an example chosen before."
+    )
+    shortlist: float = Field(
+        4.0,
+        ge=1,
+        description="k_centre, facility_location, dpp: examples chosen among, in multiples of "
+        "those selected.",
+    )
+    quality_weight: float = Field(
+        1.0,
+        ge=0,
+        description="facility_location, dpp: weight of an example's place in the shortlist (1 the "
+        "best, 0 the last) against diversity.",
+    )
+    duplicates: Literal["keep", "text", "near"] = Field(
+        "keep",
+        description="Leave out examples whose words are those of a better one, or whose word "
+        "5-grams overlap with one's.",
+    )
+    duplicate_overlap: Fraction = Field(
+        0.8, description="duplicates near: Jaccard similarity from which they are duplicates."
+    )
+    quotas: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default={},
+        description="Largest share of the selection by category; '*' is every other one. With "
+        "methods top and threshold.",
+    )
+    quota_by: Literal["category", "source"] = Field(
+        "category", description="What quotas are shares of."
+    )
+    seed: int = Field(
+        0, description="Seed of the parts that a large shortlist is cut into: 8192 examples each."
+    )
+    allow_contaminated: bool = Field(
+        False,
+        description="Go on when examples of a task also stand in the pool; listed either way.",
+    )
 
 
 class FinetuneSection(Section):
@@ -572,7 +786,15 @@ class EvaluateSection(Section):
     """What is measured of the base and of every fine-tuned model."""
 
     enabled: bool = Field(True, description="Evaluate the base and every fine-tuned model.")
-    accuracy: bool = Field(True, description="Likelihood accuracy where the task has choices.")
+    accuracy: bool = Field(
+        True, description="Measure choices and generated answers, not losses alone."
+    )
+    max_length: int = Field(
+        2048,
+        ge=8,
+        description="Tokens of a prompt that is answered; longer ones lose worked examples. "
+        "Losses keep to chat.max_length, as the queries do.",
+    )
     bootstrap: int = Field(
         1000, ge=0, description="Resamples of the 95 % intervals; 0: no intervals."
     )
@@ -596,6 +818,54 @@ class SyntheticSection(Section):
     )
 
 
+class SmallModelSection(Section):
+    """Sizes of a model that is small enough to be retrained hundreds of times."""
+
+    vocabulary: int = Field(1024, ge=260, description="Tokens of its byte-level BPE tokenizer.")
+    width: int = Field(64, ge=8, description="Width of its residual stream.")
+    blocks: int = Field(2, ge=1, description="Its decoder blocks.")
+    heads: int = Field(4, ge=1, description="Attention heads of a block.")
+    max_length: int = Field(96, ge=8, description="Tokens per example; longer ones are cut.")
+    pretrain_epochs: float = Field(20.0, gt=0, description="Passes of its first training.")
+    pretrain_lr: float = Field(3e-3, gt=0, description="Peak learning rate of AdamW there.")
+    epochs: float = Field(5.0, gt=0, description="Passes of its second training.")
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW there.")
+    batch: int = Field(16, gt=0, description="Sequences per step, in both.")
+    seeds: int = Field(3, ge=1, description="Draws of examples, weights and subsets.")
+    bootstrap: int = Field(
+        1000, ge=0, description="Resamples of the 95 % intervals; 0: no intervals."
+    )
+
+    def trainings(self, seed: int) -> tuple[WarmupSection, FinetuneSection]:
+        """Settings of both trainings; the first trains all weights, the second the blocks."""
+        first = WarmupSection(
+            epochs=self.pretrain_epochs,
+            lr=self.pretrain_lr,
+            batch=self.batch,
+            freeze_embed_head=False,
+            seed=seed,
+        )
+        second = FinetuneSection(
+            epochs=self.epochs, lr=self.lr, batch=self.batch, freeze_embed_head=True, seed=seed
+        )
+        return first, second
+
+
+class FaithfulnessSection(SmallModelSection):
+    """Ground truth for the runs of a study, on a tiny model (``snakemake faithfulness``).
+
+    The model is trained on part of the pool first, and then on candidates: on all of them, for
+    each run's way of scoring, and again and again on random halves. The linear datamodeling
+    score is the rank correlation of what the scores of a subset add up to and what training on
+    it did to the loss of each query.
+    """
+
+    candidates: int = Field(128, ge=4, description="Pool examples scored and retrained on.")
+    queries: int = Field(24, ge=1, description="Pool examples whose loss is explained.")
+    subsets: int = Field(64, ge=3, description="Random subsets retrained on, for every seed.")
+    fraction: float = Field(0.5, gt=0, lt=1, description="Share of the candidates in a subset.")
+
+
 class RunConfig(Section):
     """One way of scoring the pool, resolved: every section a run may override."""
 
@@ -616,6 +886,7 @@ class RunConfig(Section):
     curvature: CurvatureSection = CurvatureSection()
     features: FeaturesSection = FeaturesSection()
     scorer: ScorerSection = ScorerSection()
+    encoder: EncoderSection = EncoderSection()
     fidelity: FidelitySection = FidelitySection()
     select: SelectSection = SelectSection()
     finetune: FinetuneSection = FinetuneSection()
@@ -637,6 +908,8 @@ class StudyConfig(RunConfig):
         1, gt=0, le=100_000, description="Scoring jobs the pool is cut into. Changes no result."
     )
     report: ReportSection = ReportSection()
+    finetuned: FinetunedSection = FinetunedSection()
+    faithfulness: FaithfulnessSection = FaithfulnessSection()
     runs: dict[Name, dict[str, Any]] = Field(
         min_length=1,
         description="Named overrides of the sections above; a list of values is a grid.",

@@ -31,10 +31,13 @@ SCORERS: dict[str, Scorer] = {
     "length": Scorer(keys=("prefer",)),
     "tfidf": Scorer(("tasks",), ("text", "over_queries")),
     "bm25": Scorer(("tasks",), ("text", "over_queries")),
+    "influcoder": Scorer(("features",)),
+    "regression": Scorer(("features",)),
     "dsir": Scorer(("tasks",), ("text", "buckets", "resample", "seed")),
     "repsim": Scorer(("tasks", "warmup"), ("pooling", "over_queries")),
     "perplexity": Scorer(("warmup",), ("prefer",)),
     "ifd": Scorer(("warmup",), ("prefer",)),
 }
 """Every scorer but ``gradient``, which is what the other sections of a run describe, is the
-function ``score`` of ``iprox.scorers.<name>``."""
+function ``score`` of ``iprox.scorers.<name>``. Those that read ``features`` are planned by what
+their runs describe, not by this table."""
