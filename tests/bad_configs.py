@@ -41,7 +41,7 @@ CONFIGS: dict[str, str | bytes] = {
     "no shards": "shards: 0\n",
     "a million shards": "shards: 1000000\n",
     "unknown proxy": "proxy: {kind: lora}\n",
-    "unknown estimator": "influence: {estimator: tracim}\n",
+    "unknown score": "influence: {score: cosin}\n",
     "unknown precision": "target: {dtype: float8}\n",
     "unknown last stage": "until: rankings\n",
     "grid outside a run": "proxy: {sparsity: [0.3, 0.5]}\n",

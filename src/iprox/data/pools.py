@@ -244,7 +244,7 @@ def read_rows(path: Path, name: str | None = None) -> list[Row]:
         raise DataError(
             "a data file cannot be read",
             where=name,
-            value=str(error),
+            value=str(error).replace(str(path), path.name),
             fix="write or download the file again",
         ) from None
     if not rows:

@@ -183,7 +183,7 @@ def _load_pretrained(name: str, section: TargetSection, revision: str | None) ->
         )
         tokenizer = AutoTokenizer.from_pretrained(name, **shared)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _not_loaded(section.model, error) from None
+        raise _not_loaded(section.model, str(error).replace(name, section.model)) from None
     missing = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
     if missing:
         raise ModelError(
@@ -202,15 +202,15 @@ def _load_pretrained(name: str, section: TargetSection, revision: str | None) ->
     return model, tokenizer
 
 
-def _not_loaded(model: str, error: Exception) -> ModelError:
-    if "trust_remote_code" in str(error):
+def _not_loaded(model: str, reason: str) -> ModelError:
+    if "trust_remote_code" in reason:
         fix = "read the code that comes with the model, then set target.trust_remote_code: true"
     else:
         fix = "check the name; load a hub model once with a connection (HF_HUB_OFFLINE unset)"
     return ModelError(
         "a model cannot be loaded",
         where=f"target.model, or proxy.model of a run: {model}",
-        value=str(error),
+        value=reason,
         allowed=f"{did_you_mean(model, PACKAGED)}, a folder below data_dir, a hub name",
         fix=fix,
     )
