@@ -122,8 +122,8 @@ rule embeddings:
         "../../envs/iprox.yaml"
     threads: 1
     resources:
-        mem_mb=mem("ranking"),
-        runtime=runtime("ranking"),
+        mem_mb=small_mem,
+        runtime=small_runtime,
     params:
         spec=spec("embeddings"),
     script:
