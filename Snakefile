@@ -20,7 +20,8 @@ target and a warmup of its own.
 
 Run `snakemake` for everything, or one of: rankings, fidelities, selections, report; and, apart
 from any study, f3: what IPSVD keeps of a small network's influence, beside plain SVD. `faithfulness`
-judges a study's runs by retraining a tiny model on random subsets of its pool.
+judges a study's runs by retraining a tiny model on random subsets of its pool; m1 and m2 trace a
+tiny model's answers to the text it was trained on first.
 """
 
 from snakemake.utils import min_version
@@ -47,6 +48,8 @@ localrules:
     all,
     f3,
     faithfulness,
+    m1,
+    m2,
     rankings,
     fidelities,
     selections,

@@ -98,6 +98,11 @@ def write_pool(folder: Path) -> None:
     write_table(folder / "pool.parquet", pd.DataFrame(rows), {"licence": "CC BY 4.0"})
 
 
+def write_diversity(folder: Path) -> None:
+    row = {"task": "mmlu", "selected": 2, "compared": 2, "nearest": 0.875, "affinity": 0.5}
+    write_table(folder / "diversity.parquet", pd.DataFrame([row]))
+
+
 def write_task(folder: Path) -> None:
     query = {
         "example_id": "q0",
@@ -169,6 +174,15 @@ def write_retrain(folder: Path) -> None:
 def write_faithfulness(folder: Path) -> None:
     row = {"run": "ekfac", "estimator": "ekfac", "lds": 0.6875, "low": 0.5, "high": 0.75}
     write_table(folder / "faithfulness.parquet", pd.DataFrame([row]))
+
+
+def write_facts(folder: Path) -> None:
+    row = {"method": "GradDot", "mrr": 0.3125, "recall": 0.25, "agreement": 0.5, "flops": 1e9}
+    write_table(folder / "methods.parquet", pd.DataFrame([row]))
+
+
+def write_retrieval(folder: Path) -> None:
+    write_table(folder / "retrieval.parquet", pd.DataFrame([{"method": "RepSim", "mrr": 0.4375}]))
 
 
 def write_split(folder: Path) -> None:
@@ -399,6 +413,9 @@ def every_stage(results: Results) -> dict[str, Node]:
     nodes["ranking"] = add("ranking", "f", {"influence": {"score": "cosine"}}, scored, writer)
     nodes["fidelity"] = add("fidelity", "f", {"fidelity": {}}, scored, fidelity_writer(0.75))
     nodes["synthetic"] = add("synthetic", "f3", {"synthetic": {}}, None, write_synthetic)
+    nodes["facts"] = add("facts", "seed-0", {"facts": {}}, None, write_facts)
+    traced = {"facts/0": nodes["facts"]}
+    nodes["retrieval"] = add("retrieval", "r", {}, traced, write_retrieval)
     nodes["small"] = add("small", "seed-0", {"seed": 0}, pool, write_small)
     again = pool | {"small": nodes["small"]}
     nodes["retrain"] = add("retrain", "seed-0", {"first": 0}, again, write_retrain)
@@ -408,6 +425,8 @@ def every_stage(results: Results) -> dict[str, Node]:
     nodes["selection"] = add(
         "selection", "f", {"select": {"fraction": 0.25}}, ranked, write_selection
     )
+    chosen = {"features": nodes["features"], "selection": nodes["selection"]}
+    nodes["diversity"] = add("diversity", "f", {"tasks": ["mmlu"]}, chosen, write_diversity)
     nodes["finetune"] = add(
         "finetune",
         "f-mmlu",

@@ -110,6 +110,19 @@ def test_scorers_that_pass_texts_by_hand() -> None:
     assert needs["repsim"].memory > needs["bm25"].memory
 
 
+def test_selections_need_memory_for_what_they_compare() -> None:
+    sketch = {"kind": "countsketch", "dim": 1000}
+    runs = {m: {"select": {"method": m}} for m in ("top", "facility_location")}
+    estimator = Estimator(ARCH, volumes())
+    plan = planned(runs=runs, until="selection", features=sketch, select={"fraction": 0.1})
+    small, large = (estimator.need(plan.runs[m].nodes["selection"]).memory for m in runs)
+    assert large - small == 4 * (40 * 1000 + 2 * 40**2)  # four times ten of a hundred examples
+    compared = estimator.need(plan.runs["top"].nodes["diversity"]).memory
+    assert compared > small + 32 * 10 * 1000
+    counted = planned(runs={"c": {"select": {"count": 7}}}, finetune={"epochs": 2.0})
+    assert estimator.need(node(counted, "finetune")).tokens == 7 * 10 * 2
+
+
 def test_training_by_hand() -> None:
     plan = planned(finetune={"epochs": 2.0})
     need = Estimator(ARCH, volumes()).need(node(plan, "finetune"))

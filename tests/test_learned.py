@@ -143,3 +143,14 @@ def test_a_head_for_each_task_learns_from_any_features(features: str) -> None:
     assert ("query/mmlu" in parents) == (features == "lora")
     assert made["fidelity"].parents["proxy"] is made["features"]
     assert "teacher" not in made["fidelity"].parents
+
+
+def test_moments_are_two_copies_of_the_weights() -> None:
+    arch = Architecture(hidden=64, blocks=2, ff=128, heads=4, kv_heads=2, head_dim=16, vocab=1000)
+    estimator = Estimator(arch, Volumes([], length=50))
+    disk = []
+    for kind in ("less", "gradient"):
+        p = plan(scorer={"kind": kind}, features={"kind": "countsketch"})
+        node = next(node for (stage, _), node in p.nodes.items() if stage == "warmup")
+        disk.append(estimator.need(node).disk)
+    assert disk[0] - disk[1] == 2 * 4 * estimator.parameters

@@ -13,6 +13,7 @@ from test_plan import plan
 
 from iprox.data.chat import IGNORED, Encoded, encode
 from iprox.numerics.pooling import POOLINGS
+from iprox.plan.scorers import passes_model
 from iprox.scorers import Corpus, ifd, perplexity, repsim
 from iprox.stages.passes import Reader
 
@@ -144,6 +145,14 @@ def test_pooling_does_not_see_padding() -> None:
     torch.testing.assert_close(POOLINGS["last"](states, lengths)[1], states[1, 1])
     weighted = (states[1, 0] + 2 * states[1, 1]) / 3
     torch.testing.assert_close(POOLINGS["weighted"](states, lengths)[1], weighted)
+
+
+def test_a_ranking_over_checkpoints_passes_no_texts() -> None:
+    runs = {"e": {"proxy": {"kind": "target"}}, "p": {"scorer": {"kind": "perplexity"}}}
+    p = plan(runs=runs, until="ranking", warmup={"epochs": 2}, influence={"checkpoints": "epochs"})
+    assert "warmup" in p.runs["e"].nodes["ranking"].parents
+    assert not passes_model(p.runs["e"].nodes["ranking"])
+    assert passes_model(p.runs["p"].nodes["ranking"])
 
 
 def test_model_scorers_read_the_warmed_up_target() -> None:

@@ -69,6 +69,8 @@ VALUES: dict[str, Any] = {
     "pool.hub": None,
     "pool.package": None,
     "pool.limit": 900,
+    "select.count": 7,
+    "select.quotas": {"*": 0.5},
     "pool.max_chars": 500,
     "tasks": None,  # a list: its keys are below
     "tasks[].name": "u",

@@ -223,6 +223,27 @@ def test_a_killed_job_leaves_nothing_that_looks_finished(tmp_path: Path) -> None
     assert check(tmp_path / "results/toy/x").files.keys() == {"b.txt"}
 
 
+def test_a_killed_job_s_progress_is_given_to_its_next_attempt(tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    def make(job: Job) -> Metrics:
+        assert job.progress is not None
+        job.progress.mkdir(exist_ok=True)
+        seen.append(sorted(p.name for p in job.progress.iterdir()))
+        (job.progress / f"step-{len(seen)}").touch()
+        if len(seen) < 3:
+            raise KeyboardInterrupt
+        (job.out / "x").touch()
+        return {}
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(make, request(tmp_path))
+    run_stage(make, request(tmp_path))
+    assert seen == [[], ["step-1"], ["step-1", "step-2"]]
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
 def shard_stage(job: Job) -> Metrics:
     assert job.rows is not None
     out = job.out / "shard.zarr"

@@ -24,7 +24,7 @@ from iprox.stages import checkpoint, finetune, warmup
 from iprox.store.job import Job
 from iprox.store.tables import read_table, write_table
 from iprox.study.schema import FinetuneSection, WarmupSection
-from iprox.training import sft
+from iprox.training import checkpoints, sft
 
 PAD = 0
 
@@ -389,3 +389,65 @@ def test_responses_cut_away_are_dropped_and_counted(
     job.params["chat"]["max_length"] = 8
     with pytest.raises(DataError, match="nothing to train on"):
         finetune.make(job)
+
+
+# --- checkpoints ---------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing in between may catch it."""
+
+
+class Killing(list[Any]):
+    """Examples that kill the training when one more than ``left`` is asked for."""
+
+    left: int
+
+    def __getitem__(self, index: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("left", [5, 6, 9, 13, 17])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_a_killed_training_goes_on_to_the_same_bytes(
+    left: int, micro: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """6 examples, 2 a step: 9 steps of 3 epochs; killed in epochs and between them."""
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+    given, kept = settings(batch=2, epochs=3.0), tmp_path / "progress"
+
+    def train(pool: list[Encoded], folder: Path | None) -> tuple[dict[str, Tensor], Any]:
+        model = tiny_model(dtype=torch.float32)
+        done = sft.fine_tune(
+            model, pool, given, pad_token_id=PAD, micro_batch=micro, checkpoints=folder
+        )
+        return weights(model), done.log
+
+    whole, log = train(examples(6), None)
+    pool = Killing(examples(6))
+    pool.left = left
+    with pytest.raises(Killed):
+        train(pool, kept)
+    last = checkpoints.last_checkpoint(kept)
+    assert last is not None
+    assert 0 < len(checkpoints.read_history(last)) < len(log)
+    resumed, resumed_log = train(examples(6), kept)
+    assert gap(whole, resumed) == 0.0
+    assert resumed_log.equals(log)
+    files = {p.suffix for p in kept.rglob("*") if p.is_file()}
+    assert files == {".safetensors", ".json"}
+
+
+def test_a_training_that_is_not_killed_is_the_same_with_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+    trained = []
+    for folder in (None, tmp_path / "kept"):
+        model = tiny_model(dtype=torch.float32)
+        sft.fine_tune(model, examples(6), settings(), pad_token_id=PAD, checkpoints=folder)
+        trained.append(weights(model))
+    assert gap(*trained) == 0.0

@@ -16,7 +16,7 @@ from iprox.study.scorers import GRADIENT
 # input: the manifest alone decides whether to rerun, the files must merely exist.
 FILES = {
     "pool": ["pool.parquet"],
-    "task": ["queries.parquet", "test.parquet"],
+    "task": ["queries.parquet", "test.parquet", "texts.parquet"],
     "target": ["config.json"],
     "split": ["split.parquet"],
     "warmup": ["config.json"],
@@ -42,6 +42,7 @@ FILES = {
     "ranking": ["ranking.parquet"],
     "fidelity": ["fidelity.parquet", "layers.parquet"],
     "selection": ["selection.parquet", "selected.jsonl"],
+    "diversity": ["diversity.parquet"],
     "finetune": ["config.json"],
     "evaluation": ["items.parquet", "metrics.json"],
     "report": ["index.html", "summary.txt"],
@@ -49,6 +50,8 @@ FILES = {
     "small": ["examples.parquet", "start/config.json", "full/config.json"],
     "retrain": ["losses.parquet"],
     "faithfulness": ["faithfulness.parquet", "summary.txt"],
+    "facts": ["methods.parquet"],
+    "retrieval": ["retrieval.parquet", "summary.txt"],
 }
 SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
 

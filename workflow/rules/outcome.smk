@@ -26,6 +26,31 @@ rule selection:
         "../scripts/selection.py"
 
 
+rule diversity:
+    # How a selection lies among sketches of the pool and the queries.
+    input:
+        all_parents("diversity"),
+    output:
+        files("diversity"),
+        manifest=manifest("diversity"),
+    log:
+        "results/logs/diversity/{id}.log",
+    benchmark:
+        "results/benchmarks/diversity/{id}.tsv"
+    conda:
+        "../../envs/iprox.yaml"
+    threads: 1
+    resources:
+        mem_mb=mem("diversity"),
+        runtime=runtime("diversity"),
+    params:
+        code=code("diversity"),
+        parents=parents("diversity"),
+        spec=spec("diversity"),
+    script:
+        "../scripts/diversity.py"
+
+
 rule finetune:
     # The target fine-tuned on a selection.
     input:

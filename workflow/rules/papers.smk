@@ -1,9 +1,11 @@
 """Experiments beside a study: those of the papers, and its runs judged by retraining."""
 
+from iprox.plan.facts import plan_facts
 from iprox.plan.faithfulness import check_judged, plan_faithfulness
 from iprox.plan.plan import synthetic_node
 
 SYNTHETIC = synthetic_node()
+TRACED, RETRIEVAL = plan_facts(PLAN)
 JUDGED, FAITHFULNESS = plan_faithfulness(PLAN)
 
 
@@ -122,3 +124,66 @@ rule faithfulness_table:
 rule faithfulness:
     input:
         judged,
+
+
+rule facts:
+    # Which pre-training texts answers come from, by each method (arXiv:2505.05017).
+    input:
+        all_parents("facts", plan=TRACED),
+    output:
+        files("facts"),
+        manifest=manifest("facts"),
+    log:
+        "results/logs/facts/{id}.log",
+    benchmark:
+        "results/benchmarks/facts/{id}.tsv"
+    conda:
+        "../../envs/iprox.yaml"
+    threads: 1
+    resources:
+        gpu=1,
+        mem_mb=tiny_model_mem,
+        runtime=small_runtime,
+    params:
+        code=code("facts"),
+        parents=parents("facts", TRACED),
+        spec=spec("facts", TRACED),
+    script:
+        "../scripts/facts.py"
+
+
+rule retrieval:
+    # Their quality beside their cost, over seeds.
+    input:
+        all_parents("retrieval", plan=TRACED),
+    output:
+        files("retrieval"),
+        manifest=manifest("retrieval"),
+    log:
+        "results/logs/retrieval/{id}.log",
+    benchmark:
+        "results/benchmarks/retrieval/{id}.tsv"
+    conda:
+        "../../envs/iprox.yaml"
+    threads: 1
+    resources:
+        mem_mb=small_mem,
+        runtime=small_runtime,
+    params:
+        code=code("retrieval"),
+        parents=parents("retrieval", TRACED),
+        spec=spec("retrieval", TRACED),
+    script:
+        "../scripts/retrieval.py"
+
+
+rule m1:
+    # Quality beside cost (arXiv:2505.05017); in the same table as
+    input:
+        made(RETRIEVAL),
+
+
+rule m2:
+    # the retrieval of facts.
+    input:
+        made(RETRIEVAL),

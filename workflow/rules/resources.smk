@@ -7,6 +7,7 @@ profiles).
 
 from pathlib import Path
 
+from iprox.plan import scorers
 from iprox.plan.resources import Requests
 
 REQUESTS = Requests(DATA_DIR)
@@ -61,7 +62,7 @@ def small_runtime(wildcards, attempt):
 
 def passes_model(wildcards):
     """Whether a ranking passes texts through a model."""
-    return "warmup" in PLAN.node("ranking", wildcards.id).parents
+    return scorers.passes_model(PLAN.node("ranking", wildcards.id))
 
 
 def model_threads():

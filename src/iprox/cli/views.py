@@ -680,12 +680,15 @@ STAGE_VIEWS: dict[str, tuple[tuple[str, View], ...]] = {
     "ranking": (("ranking.parquet", ranking),),
     "fidelity": (("fidelity.parquet", agreement), ("layers.parquet", layer_fidelity)),
     "selection": (("selection.parquet", selection), ("selected.jsonl", first_lines)),
+    "diversity": (("diversity.parquet", whole_table),),
     "finetune": ((".", model), ("log.parquet", training_log)),
     "evaluation": (("metrics.json", metrics), ("items.parquet", items)),
     "synthetic": (("retention.parquet", whole_table),),
     "small": (("start", model), ("full", model)),
     "retrain": (("losses.parquet", whole_table),),
     "faithfulness": (("faithfulness.parquet", whole_table),),
+    "facts": (("methods.parquet", whole_table),),
+    "retrieval": (("retrieval.parquet", whole_table),),
     "report": ((".", to_open),),
 }
 

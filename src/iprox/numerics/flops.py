@@ -271,6 +271,17 @@ def training(net: Network, load: Load, head_trained: bool) -> float:
     return one_pass(net, load, load.tokens) + 2 * weight_gradients * load.tokens
 
 
+def lora_training(net: Network, load: Load, parameters: int) -> float:
+    """Fine-tuning of low-rank updates: the weights themselves get no gradient.
+
+    Args:
+        net: The model.
+        load: The texts, epochs counted.
+        parameters: Numbers in the updates, each used forward, backward and for its gradient.
+    """
+    return one_pass(net, load, load.tokens) + 6 * parameters * load.tokens
+
+
 def probe(net: Network, load: Load, passes: int = 1) -> float:
     """Recording layer inputs and output gradients."""
     return passes * one_pass(net, load)

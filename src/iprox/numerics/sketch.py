@@ -72,20 +72,21 @@ class Sketch(ABC):
         return {"kind": self.kind, "dim": self.dim, "seed": self.seed}
 
 
-class _Blockwise(Sketch):
+class Blockwise(Sketch):
     """A sketch that takes gradients coordinate by coordinate, some rows of a matrix at a time."""
 
     def add_rows(self, layer: str, x: Tensor, d: Tensor, into: Tensor) -> None:
         """Form the gradients block by block, and add their sketches."""
-        for rows in self._row_blocks(layer):
-            self._add_block(layer, rows.start, (d[..., rows].mT @ x).flatten(1), into)
+        for rows in self.row_blocks(layer):
+            self.add_block(layer, rows.start, (d[..., rows].mT @ x).flatten(1), into)
 
     def add_gradients(self, layer: str, gradients: Tensor, into: Tensor) -> None:
         """Add the sketches of gradients, block by block."""
-        for rows in self._row_blocks(layer):
-            self._add_block(layer, rows.start, gradients[:, rows].flatten(1), into)
+        for rows in self.row_blocks(layer):
+            self.add_block(layer, rows.start, gradients[:, rows].flatten(1), into)
 
-    def _row_blocks(self, layer: str) -> Iterator[slice]:
+    def row_blocks(self, layer: str) -> Iterator[slice]:
+        """Rows of a layer's gradient that are taken together."""
         out, inn = self.shapes[layer]
         size = max(1, self._block_coordinates() // inn)
         for start in range(0, out, size):
@@ -101,11 +102,11 @@ class _Blockwise(Sketch):
         """Coordinates of a block."""
 
     @abstractmethod
-    def _add_block(self, layer: str, first_row: int, block: Tensor, into: Tensor) -> None:
+    def add_block(self, layer: str, first_row: int, block: Tensor, into: Tensor) -> None:
         """Add the sketch of some rows of a layer's gradients, (gradients, rows * in)."""
 
 
-class CountSketch(_Blockwise):
+class CountSketch(Blockwise):
     """``out[h(i)] += s(i) g[i]`` with one hash ``h`` and one sign ``s`` over all coordinates.
 
     Charikar, Chen and Farach-Colton (ICALP 2002). The variance of ``<S g, S g'>`` is
@@ -118,14 +119,15 @@ class CountSketch(_Blockwise):
     def _block_coordinates(self) -> int:
         return BLOCK_COORDINATES
 
-    def _add_block(self, layer: str, first_row: int, block: Tensor, into: Tensor) -> None:
+    def add_block(self, layer: str, first_row: int, block: Tensor, into: Tensor) -> None:
+        """Add every coordinate, with its sign, to its bucket."""
         words = mix(self._counters(layer, first_row, block.shape[1]), layer_key(self.seed, layer))
         bucket = (_shifted(words, 33) * self.dim) >> 31  # 31 bits, scaled to 0 ... dim - 1
         sign = (words & 1).mul_(2).sub_(1)
         into.scatter_add_(1, bucket.expand(len(block), -1), block * sign)
 
 
-class RandomProjection(_Blockwise):
+class RandomProjection(Blockwise):
     """``P g / sqrt(dim)`` with independent entries of mean 0 and variance 1.
 
     The projection of LESS (arXiv:2402.04333) and TRAK (arXiv:2303.14186). ``P`` has ``dim``
@@ -155,7 +157,8 @@ class RandomProjection(_Blockwise):
     def _block_coordinates(self) -> int:
         return BLOCK_ENTRIES // self.dim
 
-    def _add_block(self, layer: str, first_row: int, block: Tensor, into: Tensor) -> None:
+    def add_block(self, layer: str, first_row: int, block: Tensor, into: Tensor) -> None:
+        """Add the products with these coordinates' columns of ``P``."""
         counters = self._counters(layer, first_row, block.shape[1])
         draw = signs if self.distribution == "rademacher" else normals
         matrix = draw(counters, self.dim, layer_key(self.seed, layer))  # (coordinates, dim)

@@ -26,6 +26,7 @@ from iprox.numerics.ranks import (
 )
 from iprox.plan.encoders import encoder_need
 from iprox.plan.nodes import Node
+from iprox.plan.scorers import passes_model
 from iprox.plan.selection import is_per_task, n_selected
 from iprox.plan.volumes import Texts, Volumes
 
@@ -71,6 +72,12 @@ LAYER_DOTS_BYTES = 64 * 2**20
 
 SCORED_TEXT = 6000
 """Bytes per pool example of a ranking by texts: messages, words and counts of n-grams."""
+
+COMPARED = 4096
+"""Selected examples whose features are compared at most."""
+
+QUERY_BYTES = 1_000_000_000
+"""Memory for query gradients while they are sketched."""
 
 PART_EXAMPLES = 8192
 """Most examples whose similarities a selection holds at once."""
@@ -132,6 +139,7 @@ class Estimator:
             **dict.fromkeys(ENCODERS, partial(encoder_need, self)),
             "ranking": self._ranking,
             "selection": self._selection,
+            "diversity": self._diversity,
             "finetune": self._finetune,
             "evaluation": self._evaluation,
         }
@@ -245,10 +253,9 @@ class Estimator:
     def _warmup(self, node: Node) -> Need:
         section = node.params["warmup"]
         need = self._training(node, self.split_texts(node), section)
-        if "epochs" not in node.params:
-            return need
-        kept = 4 * self.parameters * (math.ceil(section["epochs"]) - 1)
-        return replace(need, disk=need.disk + kept)
+        copies = math.ceil(section["epochs"]) - 1 if "epochs" in node.params else 0
+        copies += 2 if "moments" in node.params else 0  # of Adam, first and second
+        return replace(need, disk=need.disk + 4 * self.parameters * copies)
 
     def _checkpoint(self, node: Node) -> Need:
         weights = self.parameters * BYTES[node.params["compute"]["dtype"]]
@@ -270,12 +277,17 @@ class Estimator:
         load = _load(texts).times(section["epochs"])
         frozen = section["freeze_embed_head"]
         trained = self.parameters - (model_size(self.arch).embeddings if frozen else 0)
+        rank = section.get("lora_rank", 0)
+        updates = rank * sum(n * (one.out_dim + one.in_dim) for one, n in net.linears.items())
+        trained = updates if rank else trained
         batch = texts._replace(n=min(texts.n, section["batch"]))
         micro = self._batch(MICRO_BATCH_TOKENS, batch)
         element = BYTES[node.params["compute"]["dtype"]]
         state = 4 * (self.parameters + 3 * trained)
         return Need(
-            flops=flops.training(net, load, head_trained=not frozen),
+            flops=flops.lora_training(net, load, updates)
+            if rank
+            else flops.training(net, load, head_trained=not frozen),
             memory=self.process
             + state
             + self.activations(net, micro, element)
@@ -555,7 +567,7 @@ class Estimator:
             memory=SMALL_PROCESS + words * examples,
             disk=24 * len(node.params["tasks"]) * examples,
         )
-        if "warmup" not in node.parents:
+        if not passes_model(node):
             return need
         kind, element = node.params["scorer"]["kind"], BYTES[node.params["compute"]["dtype"]]
         net, texts = self.network(node.parents["warmup"]), self.volumes.examples(node, pool)
@@ -573,11 +585,23 @@ class Estimator:
             return Need()
         section, examples = node.params["select"], self.volumes.pool(node.parents["pool"])
         listed = min(examples, section.get("shortlist", 2) * n_selected(node, examples))
-        kept = node.parents["features"].params.get("features", {})
-        per_layer = kept.get("rank", 1) ** 2
-        dim = kept.get("dim", per_layer * len(block_shapes(self.arch)) * self.arch.blocks)
         part = min(listed, PART_EXAMPLES)
-        return Need(memory=SMALL_PROCESS + 4 * (listed * dim + 2 * part**2))
+        numbers = listed * self._sketch_dim(node.parents["features"]) + 2 * part**2
+        return Need(memory=SMALL_PROCESS + 4 * numbers)
+
+    def _sketch_dim(self, features: Node) -> int:
+        """Numbers that are kept of an example's gradient."""
+        section = features.params.get("features", {})
+        layers = len(block_shapes(self.arch)) * self.arch.blocks
+        return int(section.get("dim", layers * section.get("rank", 1) ** 2))
+
+    def _diversity(self, node: Node) -> Need:
+        """The sketches that are compared, four times in float64, and a layer of query gradients."""
+        selection = node.parents["selection"]
+        examples = self.volumes.pool(selection.parents["pool"])
+        compared = min(COMPARED, n_selected(selection, examples) * len(node.params["tasks"]))
+        numbers = compared * self._sketch_dim(node.parents["features"])
+        return Need(memory=SMALL_PROCESS + QUERY_BYTES + 4 * 8 * numbers)
 
     def _evaluation(self, node: Node) -> Need:
         net = Network.plan(self.arch)
@@ -623,7 +647,7 @@ def needs_model(node: Node) -> bool:
     if node.stage == "direction":
         return "model" in node.parents
     if node.stage == "ranking":
-        return "warmup" in node.parents
+        return passes_model(node)
     return node.stage in {
         "warmup",
         "probe",

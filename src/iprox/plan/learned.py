@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 SEEN = {"max_length", "max_cut"}
 """Keys of the section ``encoder`` that decide what it sees of a text."""
 
+LESS = "less"
+"""The scorer that reads the moments of the warm-up's optimizer."""
+
+COORDINATEWISE = ("countsketch", "random")
+"""Sketches that take gradients, and so any function of them, coordinate by coordinate."""
+
 NOT_TAUGHT = {"model", "revision", "train"}
 """Keys of the section ``encoder`` that its training does not depend on."""
 
@@ -77,6 +83,35 @@ def _regression(planner: RunPlanner) -> dict[str, Node]:
     return nodes | {"features": embeddings}
 
 
+def _less(planner: RunPlanner) -> dict[str, Node]:
+    """Adam directions of the pool's examples and gradients of single queries, both sketched.
+
+    Raises:
+        ConfigError: There are no moments, or the sketch cannot take directions.
+    """
+    kind, proxy = planner.config.features.kind, planner.config.proxy.kind
+    where = f"runs.{planner.run.name}"
+    if kind not in COORDINATEWISE:
+        raise ConfigError(
+            "Adam's directions need a sketch that takes gradients coordinate by coordinate",
+            where=f"{where}: features.kind",
+            value=kind,
+            allowed=", ".join(COORDINATEWISE),
+            fix="set features: {kind: countsketch}, or random as LESS has it, which costs far more",
+        )
+    if proxy != "target" or planner.config.warmup.epochs == 0:
+        raise ConfigError(
+            "Adam's moments are those of the target's own warm-up",
+            where=f"{where}: proxy.kind, warmup.epochs",
+            value=f"{proxy}, {planner.config.warmup.epochs:g}",
+            allowed="proxy.kind target, and epochs above 0",
+        )
+    nodes = planner.scoring_model()
+    nodes["features"] = planner.features(nodes["model"], "all", directions="adam")
+    sketches = query_sketches(planner, nodes["model"])
+    return nodes | {f"query/{task}": node for task, node in sketches.items()}
+
+
 def _influcoder(planner: RunPlanner) -> dict[str, Node]:
     """An encoder taught by the run's scoring model, or used as it is, and its embeddings."""
     section = planner.config.encoder
@@ -107,6 +142,7 @@ def _taught(planner: RunPlanner, backbone: Node) -> dict[str, Node]:
     parents = {role: nodes[role] for role in ("teach", "heldout")}
     parents |= {"backbone": backbone, "pool": planner.pool}
     parents |= {f"sketches/{task}": node for task, node in sketches.items()}
+    nodes |= {f"sketches-{task}": node for task, node in sketches.items()}
     parents |= {f"task/{t.name}": planner.plan.shared[f"task-{t.name}"] for t in planner.tasks}
     params = {"encoder": planner.config.encoder.model_dump(exclude=NOT_TAUGHT)}
     label = f"{backbone.label}-{planner.label(nodes['model'])}"
@@ -134,7 +170,7 @@ def query_sketches(planner: RunPlanner, model: Node) -> dict[str, Node]:
 def _ranking(planner: RunPlanner, nodes: dict[str, Node]) -> Node:
     """Every example's score, from its row and those of the queries."""
     params: dict[str, Any] = {
-        "influence": planner.config.influence.model_dump(include={"val_agg"}),
+        "influence": _averaged(planner, include={"val_agg"}),
         "scorer": {"kind": planner.config.scorer.kind},
         "tasks": [task.name for task in planner.tasks],
     }
@@ -155,9 +191,16 @@ def _fidelity(planner: RunPlanner, nodes: dict[str, Node]) -> Node:
         parents |= {f"teacher_query/{task}": node for task, node in sketches.items()}
     params = {
         "fidelity": planner.config.fidelity.model_dump(exclude={"floor"}),
-        "influence": planner.config.influence.model_dump(),
+        "influence": _averaged(planner),
     }
     return planner.plan.add("fidelity", nodes["features"].label, params, parents)
+
+
+def _averaged(planner: RunPlanner, include: set[str] | None = None) -> dict[str, Any]:
+    """The section ``influence``, averaged as the scorer has it: LESS by subtask, by definition."""
+    section = planner.config.influence.model_dump(include=include)
+    is_less = planner.config.scorer.kind == LESS
+    return section | ({"val_agg": "subtask_max"} if is_less else {})
 
 
 def _check_teacher(planner: RunPlanner) -> None:
@@ -195,6 +238,7 @@ def _check_slice(planner: RunPlanner) -> None:
 LEARNED: dict[str, Callable[[RunPlanner], dict[str, Node]]] = {
     "influcoder": _influcoder,
     "regression": _regression,
+    LESS: _less,
 }
 """Scorer -> what it adds: ``features``, with a row for every pool example, and ``query/<task>``,
 with the rows they are compared with."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from iprox.plan.diversity import add_diversity
 from iprox.plan.nodes import Node, Plan, RunPlan
 from iprox.plan.runs import RunPlanner
 from iprox.study.load import Study
@@ -27,6 +28,7 @@ def plan_study(study: Study) -> Plan:
         plan.shared[f"task-{task.name}"] = plan.add("task", task.name, {"task": task.model_dump()})
     for run in study.runs:
         plan.runs[run.name] = RunPlan(run, RunPlanner(plan, run).nodes())
+    add_diversity(plan)
     if any(r.config.evaluate.enabled and r.config.until == "evaluation" for r in study.runs):
         first = next(
             r for r in study.runs if r.config.evaluate.enabled and r.config.until == "evaluation"

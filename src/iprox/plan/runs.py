@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from iprox.errors import ConfigError
-from iprox.plan.learned import LEARNED, learned_nodes
+from iprox.plan.learned import LEARNED, LESS, learned_nodes
 from iprox.plan.multistage import finetuned_model, finetuned_stages
 from iprox.plan.nodes import Node, Plan
 from iprox.plan.scorers import scorer_nodes
@@ -113,6 +113,8 @@ class RunPlanner:
         }
         if self._earlier_epochs():
             params["epochs"] = {"kept": True}
+        if any(run.config.scorer.kind == LESS for run in self.plan.study.runs):
+            params["moments"] = {"kept": True}  # for all runs, so that they share the warm-up
         parents = {"pool": self.pool, "split": split, "target": target}
         label = target.params["target"]["model"]
         warmup = self.plan.add("warmup", label, params, parents)
@@ -387,7 +389,7 @@ class RunPlanner:
         """Parameters of the loss whose gradients are taken."""
         return {"influence": {"loss_reduction": self.config.influence.loss_reduction}}
 
-    def features(self, model: Node, subset: str, exact: bool = False) -> Node:
+    def features(self, model: Node, subset: str, exact: bool = False, directions: str = "") -> Node:
         """Dots and norms, or sketches, of pool examples at a scoring model.
 
         Sketches do not depend on the tasks, so a new task leaves them as they are.
@@ -396,6 +398,7 @@ class RunPlanner:
             model: The scoring model.
             subset: ``all`` or the name of a split.
             exact: Exact features, whatever the run asks for.
+            directions: Sketch what an optimizer makes of gradients: ``adam``, or nothing.
         """
         sketch = {} if exact else self.sketch()
         parents = {"model": model, "pool": self.pool}
@@ -410,9 +413,17 @@ class RunPlanner:
             "subset": {"name": subset},
         }
         if sketch:
-            params["features"] = sketch | {"check": self.config.features.check}
+            check = 0 if directions else self.config.features.check  # of gradients' cosines
+            params["features"] = sketch | {"check": check}
+        if directions:
+            params["directions"] = {"kind": directions}
         shards = self.plan.study.config.shards if subset == "all" else 1
-        parts = [self.label(model), sketch.get("kind"), None if subset == "all" else subset]
+        parts = [
+            self.label(model),
+            directions,
+            sketch.get("kind"),
+            None if subset == "all" else subset,
+        ]
         return self.plan.add("features", "-".join(filter(None, parts)), params, parents, shards)
 
     def _reduction(self) -> dict[str, Any]:

@@ -24,6 +24,11 @@ PARENTS: dict[str, Callable[[RunPlanner], dict[str, Node]]] = {
 """What a scorer may read besides the pool: name -> stages, by the roles a job finds them under."""
 
 
+def passes_model(ranking: Node) -> bool:
+    """Whether a ranking passes texts through a model, rather than reading scores of a pass."""
+    return "warmup" in SCORERS[ranking.params["scorer"]["kind"]].reads
+
+
 def scorer_nodes(planner: RunPlanner) -> dict[str, Node]:
     """The ranking, and the stages above it that a run is known by, by link name."""
     section = planner.config.scorer

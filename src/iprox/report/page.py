@@ -116,8 +116,11 @@ def render(study: Study, frames: dict[str, pd.DataFrame], charts: dict[str, list
         kept=kept_grid(study, frames["runs"], frames["fidelity"]),
         fidelity=fidelity_grid(study, frames["fidelity"]),
         searches=searches_grid(study, tables.searches(study)),
+        encoders=encoders_grid(study, frames["encoders"]),
+        amortisation=amortisation_grid(study, frames["amortisation"]),
         sketches=sketches_grid(study, tables.sketches(study)),
         overlap=overlap_grid(study, frames["runs"]),
+        diversity=diversity_grid(study, frames["diversity"]),
         composition=composition_grids(study, frames["composition"]),
         examples=examples_shown(study, frames["examples"]),
         heldout=heldout_grid(study, frames["heldout"]),
@@ -411,6 +414,71 @@ def sketches_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
             _plain(row["bytes_per_example"], lambda v: scaled(v, "B"), "not recorded"),
             _plain(row["examples"], lambda v: f"{v:,.0f}", "not recorded"),
             *(_plain(row[e], lambda v: f"{v:.3f}", "undefined") for e in ERRORS),
+        ]
+        for row in frame.to_dict("records")
+    ]
+    return Grid(columns, rows)
+
+
+def diversity_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
+    """How every run's selection lies in feature space."""
+    if frame.empty:
+        return None
+    columns = [("run", False), ("task", False), ("compared", True)]
+    columns += [("nearest other", True), ("affinity to the task", True), ("by chance", True)]
+    rows = [
+        [
+            _run_cell(study, row["run"]),
+            Cell(row["task"]),
+            Cell(f"{row['compared']:,}", f"of {row['selected']:,} selected"),
+            _plain(row["nearest"], lambda v: f"{v:.3f}", "fewer than two examples"),
+            _plain(row["affinity"], lambda v: f"{v:.3f}", "no direction"),
+            _plain(row["affinity_random"], lambda v: f"{v:.3f}", "no direction"),
+        ]
+        for row in frame.to_dict("records")
+    ]
+    return Grid(columns, rows)
+
+
+def encoders_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
+    """Agreement of trained encoders with their teachers, beside the same encoders untrained."""
+    if frame.empty:
+        return None
+    columns = [("run", False), ("queries", False), ("task", False), ("metric", False)]
+    columns += [("untrained", True), ("trained", True), ("n", True)]
+    rows = []
+    for key, part in frame.groupby(["run", "queries", "task", "metric"], sort=False):
+        run, queries, task, metric = map(str, key)
+        cells = []
+        for state in ("untrained", "trained"):
+            row = part[part["encoder"] == state].iloc[0]
+            cells.append(_measured(row["value"], row["low"], row["high"], 2, "undefined"))
+        n = f"{part['n_queries'].max():,} x {part['n_candidates'].max():,}"
+        names = [Cell(queries), Cell(task), Cell(_metric_name(metric))]
+        rows.append([_run_cell(study, run), *names, *cells, Cell(n)])
+    return Grid(columns, rows)
+
+
+def amortisation_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
+    """What scorers that embed texts cost once and for each example."""
+    if frame.empty:
+        return None
+    columns = [("run", False), ("labelled", True), ("labelling", True), ("training", True)]
+    columns += [("1,000 examples", True), ("exact scores of 1,000", True), ("speed", True)]
+    columns += [("pays off from", True), ("embedding", True), ("teacher's sketch", True)]
+    untaught, unmeasured = "it was taught nothing", "not recorded"
+    rows = [
+        [
+            _run_cell(study, row["run"]),
+            _plain(row["labelled"], lambda v: f"{v:,.0f}", untaught),
+            _plain(row["labelling_seconds"], lambda v: f"{v:,.0f} s", untaught),
+            _plain(row["training_seconds"], lambda v: f"{v:,.0f} s", untaught),
+            _plain(row["seconds_per_1000"], lambda v: f"{v:,.1f} s", unmeasured),
+            _plain(row["exact_seconds_per_1000"], lambda v: f"{v:,.1f} s", unmeasured),
+            _plain(row["speedup"], lambda v: f"{v:,.1f} x", unmeasured),
+            _plain(row["break_even"], lambda v: f"{v:,.0f} examples", "it never does"),
+            _plain(row["bytes_per_example"], lambda v: scaled(v, "B"), unmeasured),
+            _plain(row["teacher_bytes_per_example"], lambda v: scaled(v, "B"), "none is kept"),
         ]
         for row in frame.to_dict("records")
     ]

@@ -294,6 +294,19 @@ def sketches(study: Study) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["run"])
 
 
+def diversity(study: Study) -> pd.DataFrame:
+    """How every run's selection lies in feature space, ``run`` first; empty without sketches."""
+    found = [
+        run.artifacts["diversity"].table("diversity.parquet").assign(run=run.name)
+        for run in study.runs
+        if "diversity" in run.artifacts
+    ]
+    if not found:
+        return pd.DataFrame(columns=["run"])
+    table = pd.concat(found, ignore_index=True)
+    return table[["run", *(column for column in table.columns if column != "run")]]
+
+
 def heldout(study: Study) -> pd.DataFrame:
     """All metrics of all evaluations: run (or ``base``), group, task, metric, value, low, high, n.
 

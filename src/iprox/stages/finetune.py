@@ -14,7 +14,7 @@ def make(job: Job) -> Metrics:
     """Write the fine-tuned model as a Hugging Face folder, and ``log.parquet``.
 
     It starts from the parent ``model`` and learns from the examples selected for one task, or
-    for ``all`` of them.
+    for ``all`` of them. A killed job goes on from its last checkpoint, to the same bytes.
 
     Returns:
         Steps, tokens, FLOPs, first and last loss; numbers of examples used, dropped because
@@ -46,5 +46,6 @@ def make(job: Job) -> Metrics:
         dtype=job.params["compute"]["dtype"],
         attention=job.params["compute"]["attention"],
         label=f"fine-tuning on {subset}",
+        progress=job.progress,
     )
     return {**metrics, **usage(encoded, examples)}

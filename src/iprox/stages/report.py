@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from iprox.progress import track
-from iprox.report import selected, tables
+from iprox.report import learned, selected, tables
 from iprox.report.artifacts import Study
 from iprox.report.figures import all_figures
 from iprox.report.formats import write_everywhere
@@ -34,8 +34,11 @@ def make(job: Job) -> Metrics:
         "paired": tables.paired(study),
         "agreement": tables.agreement(study),
         "overlap": selected.overlaps(study),
+        "diversity": tables.diversity(study),
         "composition": selected.composition(study),
         "examples": selected.examples(study),
+        "encoders": learned.quality(study),
+        "amortisation": learned.amortisation(study),
         "layers": tables.layers(study),
         "stages": tables.stages(study),
         "costs": tables.costs(study),

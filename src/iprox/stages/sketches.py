@@ -17,8 +17,10 @@ from iprox.data.chat import Encoded, pad_id
 from iprox.engine.geometry import gradient_gram
 from iprox.engine.loss import Batch
 from iprox.engine.sketching import Sketcher, sketch_gradients
+from iprox.models.moments import open_moments
+from iprox.numerics.adam import AdamSketch
 from iprox.numerics.correlation import spearman
-from iprox.numerics.sketch import CountSketch, FreshLora, Logra, RandomProjection, Sketch
+from iprox.numerics.sketch import Blockwise, CountSketch, FreshLora, Logra, RandomProjection, Sketch
 from iprox.progress import track
 from iprox.stages.feature_store import QuerySketches
 from iprox.stages.passes import Reader, model_sizes
@@ -47,6 +49,8 @@ LARGE_ERROR = 0.15
 def make_sketches(job: Job, reader: Reader, ids: list[str]) -> Metrics:
     """Write ``shard.zarr`` with sketches, and ``sketch.parquet`` with the first shard.
 
+    Of gradients; with a section ``directions``, of the steps Adam would take on them.
+
     The arrays are ``sketch`` (examples, dim), at unit length; ``norms`` (examples,), the norms
     of the sketches, 0 for an example without a gradient; and ``example_id``, ``loss``,
     ``tokens`` and ``supervised``. The settings of the sketch are root attributes.
@@ -67,6 +71,9 @@ def make_sketches(job: Job, reader: Reader, ids: list[str]) -> Metrics:
     reduction = influence.loss_reduction
     shapes = {n: (layer.out_features, layer.in_features) for n, layer in reader.layers.items()}
     sketch = build_sketch(section, shapes, reader.device)
+    if "directions" in job.params:
+        assert isinstance(sketch, Blockwise)  # the plan allows no other
+        sketch = AdamSketch(sketch, open_moments(job.parents["model"]))
     start, stop = job.rows or (0, len(ids))
     about = attributes(sketch, section.dtype, reduction) | model_sizes(reader)
     store = create_store(job.out / "shard.zarr", about)

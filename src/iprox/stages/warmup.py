@@ -15,7 +15,8 @@ def make(job: Job) -> Metrics:
     """Write the warmed-up target as a Hugging Face folder, and ``log.parquet``.
 
     When the job has a section ``epochs``, the weights at the end of earlier epochs are written
-    too, for the stage ``checkpoint``, with the weight of each epoch as ``epochs.parquet``.
+    too, for the stage ``checkpoint``, with the weight of each epoch as ``epochs.parquet``; with a
+    section ``moments``, Adam's moments after the last step as ``moments.safetensors``.
 
     It learns from the examples of the ``warmup`` split (LESS, arXiv:2402.04333).
 
@@ -41,5 +42,8 @@ def make(job: Job) -> Metrics:
         attention=job.params["compute"]["attention"],
         label="warm-up",
         keep_epochs="epochs" in job.params,
+        keep_moments="moments" in job.params,
+        # Weights of earlier epochs lie in the folder that a killed job loses.
+        progress=None if "epochs" in job.params else job.progress,
     )
     return {**metrics, **usage(encoded, examples)}

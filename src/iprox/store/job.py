@@ -27,6 +27,8 @@ class Job:
         rows: Features shards only: first and one-past-last row of the pool.
         data_dir: Folder that paths in the study are relative to.
         cache_dir: Folder for downloaded packages.
+        progress: Folder that outlives a killed job and is given to its next attempt, for a stage
+            that can go on where it stopped; None where nothing is kept. Removed at the end.
         strict: Whether a key that ``params`` lacks cannot be read, as in the workflow, where it
             would be a key that the plan forgot; otherwise its default is taken.
     """
@@ -39,6 +41,7 @@ class Job:
     data_dir: Path = field(default_factory=Path)
     cache_dir: Path = field(default_factory=lambda: Path("results/.cache"))
     strict: bool = False
+    progress: Path | None = None
 
     def section(self, cls: type[SectionT], name: str) -> SectionT:
         """The parameters of one section as its typed object.

@@ -171,6 +171,7 @@ def _make(make: Make, request: Request, rows: tuple[int, int] | None, kept: Path
             data_dir=request.data_dir,
             cache_dir=request.store.parent / ".cache",
             strict=True,
+            progress=_progress_folder(kept),
         )
         _watch_device_memory()
         start = time.monotonic()
@@ -194,8 +195,14 @@ def _make(make: Make, request: Request, rows: tuple[int, int] | None, kept: Path
             if not _usable(kept):
                 raise
             log.info("another job finished the same computation first; its result is used")
+        shutil.rmtree(_progress_folder(kept), ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _progress_folder(kept: Path) -> Path:
+    """What a killed job left for its next attempt: of the same inputs, parameters and code."""
+    return kept.with_name(f".tmp-progress-{kept.name}")
 
 
 def _usable(kept: Path) -> bool:

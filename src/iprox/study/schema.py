@@ -581,10 +581,10 @@ class ScorerSection(Section):
         "gradient",
         description="Gradient influence through the proxy; a text encoder that learns it from the "
         "teach split (influcoder), or a linear function of its embeddings that does (regression); "
-        "or random order, length of the response, similarity of "
-        "words to the queries (TF-IDF, BM25), importance of n-grams (DSIR); or, of the warmed-up "
-        "target, similarity of hidden states (RepSim), the response's perplexity, or how little "
-        "its prompt helps it (IFD).",
+        "Adam's directions in place of gradients (less); or random order, length of the response, "
+        "similarity of words to the queries (TF-IDF, BM25), importance of n-grams (DSIR); or, of "
+        "the warmed-up target, similarity of hidden states (RepSim), the response's perplexity, "
+        "or how little its prompt helps it (IFD).",
     )
     prefer: Literal["high", "low", "middle"] = Field(
         "high", description="length, perplexity, ifd: which values rank first."
@@ -779,6 +779,15 @@ class FinetuneSection(Section):
         "base", description="Start from the target or its warm-up."
     )
     freeze_embed_head: bool = Field(False, description="Keep token embedding and head fixed.")
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        description="Train low-rank updates of the block linears (LoRA, through peft) and merge "
+        "them in the end; 0: train all weights.",
+    )
+    lora_alpha: float = Field(
+        16.0, gt=0, description="Scale of LoRA's updates, which is this over the rank."
+    )
     seed: int = Field(0, description="Seed of the order of examples.")
 
 
@@ -864,6 +873,18 @@ class FaithfulnessSection(SmallModelSection):
     queries: int = Field(24, ge=1, description="Pool examples whose loss is explained.")
     subsets: int = Field(64, ge=3, description="Random subsets retrained on, for every seed.")
     fraction: float = Field(0.5, gt=0, lt=1, description="Share of the candidates in a subset.")
+
+
+class FactsSection(SmallModelSection):
+    """Tracing answers to pre-training text (``snakemake m1 m2``). No part of a study file."""
+
+    vocabulary: int = Field(400, ge=260, description="Tokens of its byte-level BPE tokenizer.")
+    pretrain_epochs: float = Field(40.0, gt=0, description="Passes over the corpus.")
+    epochs: float = Field(10.0, gt=0, description="Passes over the questions.")
+    lr: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW there.")
+    people: int = Field(16, ge=2, le=26, description="People with three facts each.")
+    left_out: int = Field(8, ge=2, description="Facts left out of both trainings, one at a time.")
+    damping: float = Field(0.1, gt=0, description="Damping, relative to the mean eigenvalue.")
 
 
 class RunConfig(Section):

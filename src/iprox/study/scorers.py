@@ -33,6 +33,7 @@ SCORERS: dict[str, Scorer] = {
     "bm25": Scorer(("tasks",), ("text", "over_queries")),
     "influcoder": Scorer(("features",)),
     "regression": Scorer(("features",)),
+    "less": Scorer(("features",)),
     "dsir": Scorer(("tasks",), ("text", "buckets", "resample", "seed")),
     "repsim": Scorer(("tasks", "warmup"), ("pooling", "over_queries")),
     "perplexity": Scorer(("warmup",), ("prefer",)),

@@ -29,14 +29,16 @@ from iprox.errors import ConfigError, DataError, NumericsError, shorten
 from iprox.models.device import dtype_of, make_deterministic, pick_device
 from iprox.models.flops import load_of, network_of
 from iprox.models.load import load_model, load_tokenizer
+from iprox.models.moments import save_moments
 from iprox.numerics import flops
 from iprox.progress import Track, track
 from iprox.store.tables import write_table
+from iprox.study.schema import FinetuneSection, WarmupSection
+from iprox.training import lora
+from iprox.training.checkpoints import last_checkpoint, read_history, resumable_trainer
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
-
-    from iprox.study.schema import FinetuneSection, WarmupSection
+    from transformers import TrainingArguments
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +121,8 @@ def train_folder(
     attention: str,
     label: str,
     keep_epochs: bool = False,
+    keep_moments: bool = False,
+    progress: Path | None = None,
 ) -> dict[str, int | float]:
     """Fine-tune a saved model and save the result, with ``log.parquet`` beside it.
 
@@ -135,6 +139,8 @@ def train_folder(
         label: What the progress display says.
         keep_epochs: Also write the float32 weights at the end of every epoch but the last, as
             :func:`epoch_folder`, and the epochs' learning rates as ``epochs.parquet``.
+        keep_moments: Also write Adam's moments after the last step.
+        progress: Folder for checkpoints, which a killed run goes on from.
 
     Returns:
         Metrics of the run: steps, tokens, FLOPs, losses.
@@ -156,8 +162,12 @@ def train_folder(
             pad_token_id=pad_id(tokenizer),
             bf16=dtype == "bfloat16",
             label=label,
+            checkpoints=progress,
             at_epoch_end=(lambda n: model.save_pretrained(epoch_folder(out, n)))
             if keep_epochs
+            else None,
+            at_end=(lambda optimizer: save_moments(out, model, optimizer))
+            if keep_moments
             else None,
         )
         rows, metrics = training.log, training.metrics()
@@ -197,6 +207,8 @@ def fine_tune(
     micro_batch: int | None = None,
     label: str = "fine-tuning",
     at_epoch_end: Callable[[int], object] | None = None,
+    at_end: Callable[[Any], object] | None = None,
+    checkpoints: Path | None = None,
 ) -> Training:
     """Train a causal LM in place on tokenised examples.
 
@@ -213,6 +225,9 @@ def fine_tune(
             when absent.
         label: What the progress display says.
         at_epoch_end: Called at the end of every epoch but the last with its number, from 1.
+        at_end: Called after the last step with the optimizer.
+        checkpoints: Folder for checkpoints; a run that finds one there goes on from it, to the
+            same bytes as one that was never stopped. Written by single processes only.
 
     Raises:
         DataError: There are no examples, or one has nothing to learn.
@@ -222,11 +237,10 @@ def fine_tune(
 
     _check(examples)
     use_cache = model.config.use_cache
-    frozen = embeddings(model) if settings.freeze_embed_head else []
-    model.requires_grad_(True)
-    for module in frozen:
-        module.requires_grad_(False)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    network = network_of(model)
+    trained = _to_train(model, settings)
+    is_lora = trained is not model
+    parameters = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     micro = micro_batch or micro_batch_size(examples, settings.batch)
     steps = math.ceil(settings.epochs * math.ceil(len(examples) / settings.batch))
     with tempfile.TemporaryDirectory() as scratch, track(steps, "steps", label) as progress:
@@ -235,24 +249,49 @@ def fine_tune(
         callbacks = [recorder]
         if at_epoch_end is not None:
             callbacks.append(_epoch_ends(math.ceil(settings.epochs), at_epoch_end))
-        trainer = _trainer(
-            model=model,
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            checkpoints = None  # their optimizer states are in parts
+        trainer = resumable_trainer(
+            checkpoints,
+            model=trained,
             args=_arguments(settings, steps, micro, bf16, Path(scratch)),
             train_dataset=examples,
             data_collator=collator,
             callbacks=callbacks,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        last = None if checkpoints is None else last_checkpoint(checkpoints)
+        if last is not None:
+            recorder.restore(last)
+            log.info("going on from step %d of %d", len(recorder.rows), steps)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        if at_end is not None:
+            at_end(trainer.optimizer)
+    if is_lora:
+        lora.merge(trained)
     model.config.use_cache = use_cache  # Trainer turns it off, and it would be saved so
     model.requires_grad_(False).eval()
     load = load_of(examples).times(settings.epochs)
+    if is_lora:
+        spent = flops.lora_training(network, load, parameters)
+    else:
+        spent = flops.training(network, load, not settings.freeze_embed_head)
     return Training(
         log=pd.DataFrame(recorder.rows, columns=list(LOG_COLUMNS)),
         tokens=round(load.tokens),
         parameters=parameters,
-        flops=flops.training(network_of(model), load, not settings.freeze_embed_head),
+        flops=spent,
     )
+
+
+def _to_train(model: Any, settings: WarmupSection | FinetuneSection) -> Any:
+    """The model with the weights to train set free, or in a wrapper with LoRA's updates."""
+    if isinstance(settings, FinetuneSection) and settings.lora_rank:
+        return lora.attach(model, settings.lora_rank, settings.lora_alpha, settings.seed)
+    model.requires_grad_(True)
+    for module in embeddings(model) if settings.freeze_embed_head else []:
+        module.requires_grad_(False)
+    return model
 
 
 def embeddings(model: Any) -> list[nn.Module]:
@@ -364,12 +403,6 @@ def _arguments(
     return args
 
 
-def _trainer(**arguments: Any) -> Trainer:
-    from transformers import Trainer
-
-    return Trainer(**arguments)
-
-
 class _Collator:
     """Pads examples to the tensors a model takes, and counts what it was given.
 
@@ -404,6 +437,11 @@ def _recorder(progress: Track, collator: _Collator) -> Any:
     class Recorder(TrainerCallback):
         def __init__(self) -> None:
             self.rows: list[tuple[int, float, float, float, float]] = []
+
+        def restore(self, checkpoint: Path) -> None:
+            """Take over the rows of the steps before a checkpoint."""
+            self.rows = read_history(checkpoint)
+            progress.advance(len(self.rows))
 
         def on_log(
             self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any

@@ -1,0 +1,143 @@
+"""Checkpoints of a training that is killed, and ``transformers.Trainer`` going on from them.
+
+The Trainer's own checkpoints hold pickles. These hold the same in safetensors and JSON: weights,
+both moments of AdamW, the schedule's step, the state of torch's random numbers and the log. The
+order of examples follows from the seed and the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+SECONDS = 300.0
+"""Time between checkpoints: what a kill costs at most, and what writing them costs at least."""
+
+PREFIX = "step-"
+WEIGHTS = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "trainer_state.json"
+SCHEDULE = "schedule.json"
+RNG = "rng"
+"""Key of the random-number state beside the optimizer's tensors."""
+
+Row = tuple[int, float, float, float, float]
+"""step, epoch, loss, learning rate, gradient norm"""
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a folder; None when it has none."""
+    return max(folder.glob(f"{PREFIX}*"), default=None)
+
+
+def read_history(checkpoint: Path) -> list[Row]:
+    """Rows of the training log up to a checkpoint."""
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return [
+        (e["step"], float(e["epoch"]), e["loss"], e["learning_rate"], e["grad_norm"])
+        for e in state["log_history"]
+        if "loss" in e
+    ]
+
+
+def resumable_trainer(folder: Path | None, **arguments: Any) -> Any:
+    """A ``Trainer`` that writes checkpoints into a folder and can go on from one.
+
+    Args:
+        folder: Where they go; None to write none.
+        **arguments: The Trainer's own.
+    """
+    from transformers import Trainer, TrainerCallback
+
+    class ResumableTrainer(Trainer):
+        def write_checkpoint(self) -> None:
+            """Keep the present state in place of the last one."""
+            assert folder is not None
+            done = folder / f"{PREFIX}{self.state.global_step:08d}"
+            partial = folder / f".{done.name}.{os.getpid()}"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            names = [n for n, p in self.model.named_parameters() if p.requires_grad]
+            parameters = dict(self.model.named_parameters())
+            save_file({n: parameters[n].detach().contiguous() for n in names}, partial / WEIGHTS)
+            moments = _moments(self.optimizer, {parameters[n]: n for n in names})
+            save_file(moments | {RNG: torch.get_rng_state()}, partial / OPTIMIZER)
+            schedule = json.dumps(self.lr_scheduler.state_dict(), default=lambda _: None)
+            (partial / SCHEDULE).write_text(schedule, encoding="utf-8")
+            self.state.save_to_json(str(partial / STATE))
+            for older in folder.glob(f"{PREFIX}*"):
+                if older.name >= done.name:
+                    shutil.rmtree(older)
+            partial.rename(done)
+            for older in folder.glob(f"{PREFIX}*"):
+                if older != done:
+                    shutil.rmtree(older)
+
+        def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+            parameters = dict(self.model.named_parameters())
+            with torch.no_grad():
+                for name, value in load_file(Path(checkpoint) / WEIGHTS).items():
+                    parameters[name].copy_(value)
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            if checkpoint is None:
+                return
+            parameters = dict(self.model.named_parameters())
+            tensors = load_file(Path(checkpoint) / OPTIMIZER)
+            state = _wrapped(self.optimizer).state
+            for key, value in tensors.items():
+                if key != RNG:
+                    name, part = key.rsplit("/", 1)
+                    parameter = parameters[name]
+                    state[parameter][part] = value.to(parameter.device)
+            schedule = json.loads((Path(checkpoint) / SCHEDULE).read_text(encoding="utf-8"))
+            schedule.pop("lr_lambdas", None)
+            self.lr_scheduler.__dict__.update(schedule)
+            groups = _wrapped(self.optimizer).param_groups
+            for group, lr in zip(groups, schedule["_last_lr"], strict=True):
+                group["lr"] = lr
+
+        def _load_rng_state(self, checkpoint: str | None) -> None:
+            if checkpoint is not None:
+                torch.set_rng_state(load_file(Path(checkpoint) / OPTIMIZER)[RNG])
+
+    class Keeper(TrainerCallback):
+        def __init__(self) -> None:
+            self.last = time.monotonic()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.due = state.global_step < state.max_steps
+            self.due &= time.monotonic() - self.last >= SECONDS
+
+        def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            # After the log of the step, so that the checkpoint holds it.
+            if getattr(self, "due", False):
+                trainer.write_checkpoint()
+                self.last, self.due = time.monotonic(), False
+
+    trainer = ResumableTrainer(**arguments)
+    if folder is not None:
+        trainer.add_callback(Keeper())
+    return trainer
+
+
+def _wrapped(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _moments(optimizer: Any, names: dict[Tensor, str]) -> dict[str, Tensor]:
+    """AdamW's tensors by ``<parameter>/<part>``: step, exp_avg, exp_avg_sq."""
+    return {
+        f"{names[parameter]}/{part}": value.detach().contiguous()
+        for parameter, state in _wrapped(optimizer).state.items()
+        for part, value in state.items()
+    }
