@@ -150,7 +150,9 @@ def passes(n: int, size: int, steps: int, generator: np.random.Generator) -> Ite
     for _ in range(steps):
         if len(waiting) < min(size, n):
             order = generator.permutation(n)
-            waiting = np.concatenate([waiting, order[~np.isin(order, waiting)]])
+            # who still waits comes last in the new turn, so that no draw has it twice
+            again = np.isin(order, waiting)
+            waiting = np.concatenate([waiting, order[~again], order[again]])
         yield waiting[:size]
         waiting = waiting[size:]
 
@@ -175,7 +177,7 @@ def _step(
     if not (torch.isfinite(loss.total) and torch.isfinite(norm)):
         raise NumericsError(
             "teaching diverged",
-            value={"loss": float(loss.total), "grad_norm": float(norm)},
+            value={"loss": loss.total.detach().item(), "grad_norm": norm.item()},
             allowed="finite numbers",
             fix="lower encoder.lr",
         )
