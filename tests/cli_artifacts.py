@@ -13,6 +13,7 @@ import pandas as pd
 from safetensors.numpy import save_file
 
 from iprox.plan.nodes import Node, Plan
+from iprox.stages.query_rows import write_rows
 from iprox.store.arrays import create_store, put
 from iprox.store.manifest import (
     MANIFEST,
@@ -295,6 +296,37 @@ def write_features(folder: Path) -> None:
         (folder / f"shard-{number:05d}.{MANIFEST}").write_text(manifest.to_json())
 
 
+def write_encoder(folder: Path) -> None:
+    write_model(folder)
+    row = {"queries": "heldout", "encoder": "trained", "task": "mmlu", "metric": "aggregated"}
+    write_table(folder / "quality.parquet", pd.DataFrame([{**row, "value": 0.6875}]))
+    epochs = pd.DataFrame({"epoch": [0, 1], "validation": [0.25, 0.4375]})
+    write_table(folder / "epochs.parquet", epochs, {"chosen": 1})
+
+
+def write_embeddings(folder: Path) -> None:
+    """One shard of embeddings, as a scorer that learns makes them."""
+    group = create_store(folder / "shard-00000.zarr", {"kind": "embedding", "max_length": 64})
+    put(group, "example_id", np.array(["e0", "e1"]), ("examples",))
+    put(group, "sketch", np.eye(2, 3, dtype=np.float16), ("examples", "dim"))
+    put(group, "tokens", np.array([9, 12]), ("examples",))
+    put(group, "supervised", np.ones(2, dtype=int), ("examples",))
+    inside = (folder / "shard-00000.zarr").rglob("*")
+    names = sorted(p.relative_to(folder).as_posix() for p in inside if p.is_file())
+    manifest: Manifest = describe("embeddings", folder, names)
+    (folder / f"shard-00000.{MANIFEST}").write_text(manifest.to_json())
+
+
+def write_query_rows(folder: Path) -> None:
+    write_rows(folder, np.eye(2, 3), ["q0", "q1"], ["law", "art"], {"kind": "lora"})
+
+
+def write_head(folder: Path) -> None:
+    write_query_rows(folder)
+    row = {"task": "mmlu", "examples": "heldout", "value": 0.3125}
+    write_table(folder / "quality.parquet", pd.DataFrame([row]))
+
+
 def ranking_writer(scores: list[float]) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         table = pd.DataFrame({"example_id": [f"e{i}" for i in range(len(scores))], "score": scores})
@@ -408,6 +440,17 @@ def every_stage(results: Results) -> dict[str, Node]:
         write_direction,
     )
     nodes["features"] = add("features", "f", {"influence": {}}, model | pool, write_features)
+    asked = model | {"task": nodes["task"]}
+    nodes["query_sketches"] = add("query_sketches", "mmlu", {}, asked, write_query_rows)
+    nodes["backbone"] = add("backbone", "minilm", {"encoder": {}}, None, write_model)
+    taught = {"backbone": nodes["backbone"], "sketches/mmlu": nodes["query_sketches"]}
+    nodes["encoder"] = add("encoder", "minilm", {"encoder": {}}, taught, write_encoder)
+    by = {"encoder": nodes["encoder"]}
+    nodes["embeddings"] = add("embeddings", "minilm", {"encoder": {}}, by | pool, write_embeddings)
+    asked = by | {"task": nodes["task"]}
+    nodes["query_embeddings"] = add("query_embeddings", "mmlu", {}, asked, write_query_rows)
+    fit = {"embeddings": nodes["embeddings"]}
+    nodes["head"] = add("head", "mmlu", {"scorer": {"fit": "ridge"}}, fit, write_head)
     scored = {"features": nodes["features"]}
     writer = ranking_writer([0.1, 0.4, -np.inf, 0.3])
     nodes["ranking"] = add("ranking", "f", {"influence": {"score": "cosine"}}, scored, writer)
