@@ -44,7 +44,7 @@ def write_inputs(folder: Path, architecture: str = "llama", examples: int = 24) 
     with (folder / "task.jsonl").open("w") as file:
         for i in range(8):
             row = {
-                "prompt": sentence(i + 40, 3),
+                "prompt": "say " + sentence(i + 40, 3),  # "say" keeps it out of the pool
                 "response": sentence(i + 41, 2),
                 "category": f"s{i % 2}",
             }
