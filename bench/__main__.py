@@ -20,13 +20,14 @@ from pathlib import Path
 import pandas as pd
 
 from bench import figure, material, report
+from bench.compress import SHAPES
 from bench.peers import NAMES
 from bench.rows import MEASURED, Row
 from iprox.store.tables import read_table, write_table
 
 FOLDER = Path(__file__).parent
 TABLE = FOLDER / "results" / "rows.parquet"
-PARTS = ("scores", "bf16", "blocks", "scaling", "memory", "peers", "curvature")
+PARTS = ("scores", "bf16", "blocks", "scaling", "memory", "peers", "curvature", "making")
 
 
 def main() -> None:
@@ -76,6 +77,10 @@ def run_part(part: str, args: argparse.Namespace) -> list[Row]:
         cases = (("target", 1), ("target", 3), ("svd-0.5", 1))
         rows = [worker(args, sys.executable, "memory", m, str(n)) for m, n in cases]
         return [row for some in rows for row in some] + peers(args, "peer_memory", "memory")
+    if part == "making":
+        cases = [("decomposition", model) for model in SHAPES]
+        cases += [("alignment", kind) for kind in ("training", "central_diff", "double_backward")]
+        return [row for case in cases for row in worker(args, sys.executable, *case)]
     if part == "curvature":
         return worker(args, sys.executable, part) + fits(args)
     if part == "peers":

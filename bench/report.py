@@ -115,6 +115,19 @@ def layout(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, Sequence[Column
     found.append(
         ("Scores of what EK-FAC makes of a query, float32", part("directions"), directions)
     )
+    making: list[Column] = [
+        ("shape (out x in)", lambda r: r["model"]),
+        ("solution", lambda r: r["case"]),
+        ("CPU seconds", lambda r: number(r["seconds"], 2, r["status"])),
+        ("x dense roots and full SVD", ratio),
+        ("error over the smallest", lambda r: number(r["x"], 3)),
+    ]
+    found.append(("IPSVD of one layer, float64", part("decomposition"), making))
+    steps: list[Column] = [
+        ("one step", lambda r: r["case"]),
+        ("peak MiB", lambda r: number(r["memory_mib"], 0, r["status"])),
+    ]
+    found.append(("Memory of an alignment step, float32", part("alignment"), steps))
     for section in ("pool size", "length", "tasks", "rank"):
         columns: list[Column] = [
             ("sparsity" if section == "rank" else section, lambda r: f"{r['x']:g}"),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import fit, floor, material, ours
+from bench import compress, fit, floor, material, ours
 from bench.agreement import compare
 from bench.peers import less
 from bench.problem import Answer, Problem, Scoring, pose
@@ -199,6 +199,16 @@ def memory(setting: Setting, model: str, n_queries: int) -> list[Row]:
         return ours.prepare(problem)
 
     return [_memory(setting, model, n_queries, "ours", prepare)]
+
+
+def decomposition(setting: Setting, model: str) -> list[Row]:
+    """IPSVD of layers of a model's shapes, beside dense roots and a full SVD."""
+    return compress.layers(model)
+
+
+def alignment(setting: Setting, kind: str) -> list[Row]:
+    """Peak memory of a training step, or of an alignment step of some kind."""
+    return [compress.step_memory(setting.work, kind)]
 
 
 def peer(setting: Setting, name: str) -> list[Row]:
