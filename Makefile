@@ -13,7 +13,7 @@ demo: $(READY)  ## Run the demo study to its report. OVERLAY=FILE changes some o
 	@cat results/studies/demo/report/summary.txt
 
 test: $(READY)  ## All tests that this machine can run.
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)  ## Format, lint and types.
 	$(BIN)/ruff format --check src tests bench envs workflow/scripts

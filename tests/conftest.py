@@ -16,6 +16,12 @@ import torch
 
 from iprox.models.gguf import PACKAGED
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with tests that take minutes, so that processes end together."""
+    items.sort(key=lambda item: item.get_closest_marker("workflow") is None)
+
+
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 
 
