@@ -5,10 +5,8 @@ attempt, so that a job killed for want of either is retried with more (`retries`
 profiles).
 """
 
-from pathlib import Path
-
 from iprox.plan import scorers
-from iprox.plan.resources import Requests
+from iprox.plan.resources import Requests, has_gpu
 
 REQUESTS = Requests(DATA_DIR)
 JOB_MB = 300  # on a cluster Snakemake itself runs inside each job, beside the stage
@@ -20,7 +18,7 @@ def on_gpu():
     cap = workflow.global_resources.get("gpu")
     if isinstance(cap, int):
         return cap > 0
-    return workflow.non_local_exec or Path("/dev/nvidia0").exists()
+    return workflow.non_local_exec or has_gpu()
 
 
 def request(stage, wildcards, attempt):

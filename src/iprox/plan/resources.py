@@ -58,6 +58,11 @@ STEP_MIN = 10
 """Minutes of a job: a multiple of the predicted time, a start, and rounded up to whole steps."""
 
 
+def has_gpu() -> bool:
+    """Whether this machine has a GPU of CUDA's; asked without loading its libraries."""
+    return Path("/dev/nvidia0").exists()
+
+
 @dataclass(frozen=True)
 class Request:
     """What one job asks for at its first attempt.
