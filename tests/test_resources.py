@@ -23,6 +23,10 @@ SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
          "num_attention_heads": 4, "vocab_size": 1000}  # fmt: skip
 
 
+ELSEWHERE = Path(__file__).parent
+"""A folder without results, whose models would be looked at instead of those of the tests."""
+
+
 def plan(**changes: Any) -> Plan:
     body = {
         "study": "s",
@@ -41,7 +45,9 @@ def plan(**changes: Any) -> Plan:
 
 def of(stage: str, p: Plan, on_gpu: bool = True) -> Request:
     """The largest request of a stage."""
-    found = [Requests(Path()).of(n, on_gpu) for (s, _), n in p.nodes.items() if s == stage]
+    found = [
+        Requests(Path(), ELSEWHERE).of(n, on_gpu) for (s, _), n in p.nodes.items() if s == stage
+    ]
     return Request(*(max(getattr(r, f.name) for r in found) for f in fields(Request)))
 
 
@@ -52,7 +58,7 @@ def larger(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
 
 def test_every_stage_asks_for_something() -> None:
     p = plan()
-    requests = Requests(Path())
+    requests = Requests(Path(), ELSEWHERE)
     for node in p.nodes.values():
         for on_gpu in (False, True):
             request = requests.of(node, on_gpu)
@@ -102,10 +108,10 @@ def test_a_model_on_a_gpu_needs_little_main_memory(monkeypatch: pytest.MonkeyPat
 def test_a_pool_of_unknown_size_is_guessed_from_its_file(tmp_path: Path) -> None:
     (tmp_path / "pool.jsonl").write_text("x" * 8_000_000)
     node = plan(pool={"name": None, "path": "pool.jsonl"}).shared["pool"]
-    request = Requests(tmp_path).of(node, False)
+    request = Requests(tmp_path, ELSEWHERE).of(node, False)
     with (tmp_path / "pool.jsonl").open("wb") as file:
         file.truncate(400_000_000)  # takes no room
-    assert Requests(tmp_path).of(node, False).mem_mb > request.mem_mb
+    assert Requests(tmp_path, ELSEWHERE).of(node, False).mem_mb > request.mem_mb
 
 
 def test_an_unknown_model_is_taken_for_a_large_one() -> None:
