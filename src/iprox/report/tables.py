@@ -158,10 +158,15 @@ def time_ratio(run: Run) -> float | None:
 
 def searches(study: Study) -> pd.DataFrame:
     """Proxies that were tried where a sparsity was looked for, ``run`` first."""
+    return _of_all_runs(study, "sparsity", "tried.parquet")
+
+
+def _of_all_runs(study: Study, step: str, file: str) -> pd.DataFrame:
+    """A table that a step of some runs leaves, with ``run`` first; empty when no run has it."""
     tables = [
-        run.artifacts["sparsity"].table("tried.parquet").assign(run=run.name)
+        run.artifacts[step].table(file).assign(run=run.name)
         for run in study.runs
-        if "sparsity" in run.artifacts
+        if step in run.artifacts
     ]
     if not tables:
         return pd.DataFrame(columns=["run"])
@@ -296,15 +301,7 @@ def sketches(study: Study) -> pd.DataFrame:
 
 def diversity(study: Study) -> pd.DataFrame:
     """How every run's selection lies in feature space, ``run`` first; empty without sketches."""
-    found = [
-        run.artifacts["diversity"].table("diversity.parquet").assign(run=run.name)
-        for run in study.runs
-        if "diversity" in run.artifacts
-    ]
-    if not found:
-        return pd.DataFrame(columns=["run"])
-    table = pd.concat(found, ignore_index=True)
-    return table[["run", *(column for column in table.columns if column != "run")]]
+    return _of_all_runs(study, "diversity", "diversity.parquet")
 
 
 def heldout(study: Study) -> pd.DataFrame:
