@@ -7,11 +7,10 @@ write them anew with ``IPROX_WRITE_GOLDEN=1 pytest tests/test_bad_input.py`` and
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,20 +124,6 @@ def test_a_broken_study_is_refused_before_anything_runs(
 
 
 # --- pools, tasks, splits, models: found by the first jobs, which need no GPU ---------------
-
-
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    """A rule's log handlers do not outlive the test."""
-    root = logging.getLogger()
-    before, level = root.handlers[:], root.level
-    yield
-    logging.captureWarnings(False)
-    for handler in root.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.close()
-    root.handlers[:] = before
-    root.setLevel(level)
 
 
 def run_node(node: Node, make: Any, folder: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import io
 import json
-import logging
 import os
 import pickle
 import re
@@ -254,19 +253,6 @@ def test_tokens_and_passwords_are_masked_in_logs_and_on_the_terminal(tmp_path: P
         assert PASSWORD not in text
         assert "https://***@example.org/simple" in text
         assert "no access" in text
-
-
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    root = logging.getLogger()
-    before, level = root.handlers[:], root.level
-    yield
-    logging.captureWarnings(False)
-    for handler in root.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.close()
-    root.handlers[:] = before
-    root.setLevel(level)
 
 
 @pytest.mark.usefixtures("quiet")
