@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from iprox.errors import ModelError, did_you_mean
-from iprox.models.gguf import Part, locate, sha256_of
+from iprox.models.gguf import Part, check_pinned, locate
 
 ENCODER_FILE = "encoder.json"
 """Beside a saved encoder: how texts become its inputs."""
@@ -168,15 +168,7 @@ def packaged_encoder(name: str) -> Path:
     encoder = PACKAGED_ENCODERS[name]
     part = Part(encoder.distribution, encoder.version, f"{encoder.folder}/{WEIGHTS}")
     weights = locate(part, encoder.install)
-    found = sha256_of(weights)
-    if found != encoder.sha256:
-        raise ModelError(
-            "a packaged encoder is not the pinned file",
-            where=weights,
-            value=f"sha256 {found}",
-            allowed=f"sha256 {encoder.sha256}",
-            fix=f"{encoder.install} --force-reinstall",
-        )
+    check_pinned(weights, encoder.sha256, "encoder", encoder.install)
     return weights.parent
 
 

@@ -92,16 +92,31 @@ def find_gguf(name: str, cache_dir: Path) -> Path:
     model = PACKAGED[name]
     files = [locate(part, model.install) for part in model.parts]
     whole = files[0] if len(files) == 1 else _join(files, model.sha256, cache_dir)
-    found = sha256_of(whole)
-    if found != model.sha256:
-        raise ModelError(
-            "a packaged model is not the pinned file",
-            where=whole,
-            value=f"sha256 {found}",
-            allowed=f"sha256 {model.sha256}",
-            fix=f"{model.install} --force-reinstall",
-        )
+    check_pinned(whole, model.sha256, "model", model.install)
     return whole
+
+
+def check_pinned(file: Path, sha256: str, what: str, install: str) -> None:
+    """Refuse a file of a package that is not the one whose digest is pinned.
+
+    Args:
+        file: The file.
+        sha256: Its digest.
+        what: What the package holds, for the message.
+        install: The command that installs it.
+
+    Raises:
+        ModelError: It is another file.
+    """
+    found = sha256_of(file)
+    if found != sha256:
+        raise ModelError(
+            f"a packaged {what} is not the pinned file",
+            where=file,
+            value=f"sha256 {found}",
+            allowed=f"sha256 {sha256}",
+            fix=f"{install} --force-reinstall",
+        )
 
 
 def load_gguf(file: Path) -> tuple[Any, Any]:
