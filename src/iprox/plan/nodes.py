@@ -20,6 +20,9 @@ from iprox.study.load import Run, Study
 RESULTS = Path("results")
 ID_DIGITS = 10
 
+OF_PASSES = {"attention", "compile"}
+"""Keys of the section ``target`` that passes depend on, and the model's files do not."""
+
 
 @dataclass(frozen=True)
 class Node:
