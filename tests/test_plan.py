@@ -296,6 +296,29 @@ def test_a_proxy_of_the_backward_pass_is_asked_the_target_s_queries() -> None:
     assert covariance.parents["model"] is nodes["warmup"]
 
 
+def test_errors_of_scores_are_weighted_by_what_the_pool_is_scored_against() -> None:
+    weighted = {"passes": "backward", "whiten": "queries"}
+    p = plan(
+        runs={
+            "b": {"proxy": weighted, "influence": {"estimator": "kfac"}},
+            "smaller": {"proxy": weighted | {"sparsity": 0.7}, "influence": {"estimator": "kfac"}},
+            "both": {},
+        },
+        split={"fisher": 10},
+    )
+    nodes = p.runs["b"].nodes
+    asked = {r: n for r, n in nodes["features"].parents.items() if r.startswith("query/")}
+    assert asked
+    assert asked.items() <= nodes["probe"].parents.items()
+    assert p.runs["smaller"].nodes["decomposition"] is nodes["decomposition"]
+    assert not any(r.startswith("query/") for r in p.runs["both"].nodes["probe"].parents)
+
+
+def test_factors_in_both_passes_cannot_be_weighted_by_queries() -> None:
+    with pytest.raises(ConfigError, match="passes: backward"):
+        plan(proxy={"whiten": "queries"})
+
+
 def test_every_section_of_a_run_is_covered_by_the_table_above() -> None:
     from iprox.study.schema import RunConfig
 

@@ -51,6 +51,9 @@ MAX_COMPARED = 24
 MIN_HELDOUT = 4
 """Held-out examples of an alignment: whose gradients are compared at most, held out at least."""
 
+MAX_DIRECTIONS = 4
+"""Most directions that a probe moves the weights in."""
+
 FACTOR_COPIES = 11
 """Tensors of the factors' size in an alignment: gradients, both Adam moments, the start, the
 best and the current candidate, and the parts of the gradient."""
@@ -310,16 +313,19 @@ class Estimator:
         net = self.network(node.parents["warmup"], node.params["layers"])
         texts, element = self.split_texts(node), BYTES[node.params["compute"]["dtype"]]
         rows = self.probe_rows(node)
+        n_queries = sum(role.startswith("query/") for role in node.parents)
+        directions = min(n_queries, MAX_DIRECTIONS)
         width = sum(
-            n * (linear.out_dim + (linear.in_dim if linear.own_input else 0))
+            n * (linear.out_dim + (max(1, directions) * linear.in_dim if linear.own_input else 0))
             for linear, n in net.linears.items()
             if linear.scored
         )
         recorded = 4.0 * rows * width
         host = 0 if self.device == "gpu" else recorded  # rows are kept in main memory
+        one_direction = element * net.scored_weights if directions else 0.0
         return Need(
-            flops=flops.probe(net, _load(texts)),
-            memory=self._pass_memory(net, texts, element) + host,
+            flops=flops.probe(net, _load(texts), directions),
+            memory=self._pass_memory(net, texts, element) + host + one_direction,
             disk=recorded,
             tokens=texts.n * texts.tokens,
         )

@@ -179,18 +179,7 @@ class RunPlanner:
         nodes: dict[str, Node] = {}
         made_of = {"warmup": warmup}
         if proxy.kind == "ipsvd":
-            nodes["probe"] = made_of["probe"] = self.plan.add(
-                "probe",
-                f"{proxy.kind}-{self.config.split.probe}",
-                {
-                    "chat": self.chat,
-                    "compute": self.compute,
-                    "influence": {"loss_reduction": self.config.influence.loss_reduction},
-                    "layers": layers,
-                    "probe": self._probe_params(),
-                },
-                {"pool": self.pool, "split": self.split("probe"), "warmup": warmup},
-            )
+            nodes["probe"] = made_of["probe"] = self._probe()
         solver = proxy.model_dump(include={"kind", "dense_rule"})
         if proxy.kind == "ipsvd":
             solver |= proxy.model_dump(include=WEIGHTING)
@@ -227,6 +216,17 @@ class RunPlanner:
             parents,
         )
         return nodes
+
+    def _probe(self) -> Node:
+        """What errors of factors are weighted by, seen at the warmed-up target."""
+        proxy, warmup = self.config.proxy, self.warmup()
+        params = self.passing() | self._loss() | {"probe": self._probe_params()}
+        parents = {"pool": self.pool, "split": self.split("probe"), "warmup": warmup}
+        label = f"{proxy.kind}-{self.config.split.probe}"
+        if proxy.whiten == "queries":
+            parents |= self.queries(warmup)
+            label = f"{label}-queries"
+        return self.plan.add("probe", label, params, parents)
 
     def _sparsity(self, nodes: dict[str, Node]) -> Node:
         """The stage that looks for the smallest proxy that is faithful enough.
