@@ -529,8 +529,9 @@ class FinetunedSection(Section):
     pool: PoolSection | None = Field(None, description="Examples of the fine-tuning.")
     model: str | None = Field(
         None,
-        description="The fine-tuned model, named as target.model is; absent: the study fine-tunes "
-        "the warmed-up target itself.",
+        description="The fine-tuned model, named as target.model is: a causal LM, or a classifier "
+        "of texts, whose pool and tasks then have labels as responses. Absent: the study "
+        "fine-tunes the warmed-up target itself.",
     )
     revision: str | None = Field(None, description="Hub commit or tag of model.")
     examples: Size = Field(1.0, description="Examples of this pool that are trained on.")
