@@ -36,6 +36,8 @@ rule features_shard:
         pool=parent("features", "pool"),
         split=parent("features", "split"),
         queries=all_parents("features", "query/"),
+        curvature=parent("features", "curvature"),
+        eigenvalues=parent("features", "eigenvalues"),
     output:
         "results/features/{id}/shard-{shard}.zarr/zarr.json",
         manifest="results/features/{id}/shard-{shard}.manifest.json",

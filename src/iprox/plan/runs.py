@@ -232,9 +232,16 @@ class RunPlanner:
         """The stage that looks for the smallest proxy that is faithful enough.
 
         Raises:
-            ConfigError: Neither a floor nor a ceiling says what is enough.
+            ConfigError: Neither a floor nor a ceiling says what is enough, or scores are by half.
         """
         proxy, floor = self.config.proxy, self.config.fidelity.floor
+        if self.config.influence.score == "half":
+            raise ConfigError(
+                "sparsity auto compares scores without curvature, and half has none without",
+                where=f"runs.{self.run.name}: influence.score, proxy.sparsity",
+                value="half with auto",
+                fix="give proxy.sparsity a number",
+            )
         if floor is None and proxy.max_cost is None:
             raise ConfigError(
                 "sparsity auto needs to know what is enough",
@@ -408,10 +415,15 @@ class RunPlanner:
         influence = self.config.influence.model_dump(include={"loss_reduction", "on_nonfinite"})
         if not sketch:
             influence |= EXACT if exact else self._reduction()
+        half = self._half(model, bool(sketch))
+        parents |= half
         params: dict[str, Any] = self.passing() | {
             "influence": influence,
             "subset": {"name": subset},
         }
+        if half:
+            damping = self.config.curvature.model_dump(include={"damping", "damping_mode"})
+            params["curvature"] = damping
         if sketch:
             check = 0 if directions else self.config.features.check  # of gradients' cosines
             params["features"] = sketch | {"check": check}
@@ -425,6 +437,24 @@ class RunPlanner:
             None if subset == "all" else subset,
         ]
         return self.plan.add("features", "-".join(filter(None, parts)), params, parents, shards)
+
+    def _half(self, model: Node, is_sketched: bool) -> dict[str, Node]:
+        """The curvature that norms are taken by, of a run that scores by half of it.
+
+        Raises:
+            ConfigError: The run keeps sketches, whose norms are Euclidean.
+        """
+        if self.config.influence.score != "half":
+            return {}
+        if is_sketched:
+            raise ConfigError(
+                "a sketch has no norm by the curvature",
+                where=f"runs.{self.run.name}: influence.score, features.kind",
+                value=f"half with {self.config.features.kind}",
+                fix="set features.kind: exact, or influence.score: cosine",
+            )
+        fitted = self.curvature(self.asked(model))
+        return {role: fitted[role] for role in ESTIMATORS[self.config.influence.estimator]}
 
     def _reduction(self) -> dict[str, Any]:
         """How far query gradients are reduced before examples are scored against them."""

@@ -10,17 +10,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from iprox.engine.scoring import Scorer
+from iprox.engine.scoring import LayerNorms, Scorer
 from iprox.models.device import dtype_of
 from iprox.models.flops import load_of, network_of
 from iprox.models.layers import replaced_layer
 from iprox.numerics import flops
 from iprox.progress import Track, track
+from iprox.stages.curvature_store import whitened_norms
 from iprox.stages.feature_store import PER_EXAMPLE, Features
 from iprox.stages.passes import Reader, column_blocks, free_bytes, model_sizes, open_reader
 from iprox.stages.queries import Columns, Queries, open_queries
@@ -59,24 +61,27 @@ def make(job: Job) -> Metrics:
     if "features" in job.params:
         return make_sketches(job, reader, ids)
     shapes = {n: (layer.out_features, layer.in_features) for n, layer in reader.layers.items()}
-    queries = open_queries(job.roles("query"), shapes)
+    influence = job.section(InfluenceSection, "influence")
+    half = "curvature" in job.parents  # norms by the curvature, of queries as of examples
+    queries = open_queries(job.roles("query"), shapes, "half_norms" if half else "norms")
+    norms = whitened_norms(job, reader, influence.loss_reduction) if half else None
     start, stop = job.rows or (0, len(ids))
     texts = pool_texts(
         job.parents["pool"], ids[start:stop], reader.tokenizer, job.section(ChatSection, "chat")
     )
-    influence = job.section(InfluenceSection, "influence")
     layers = dense_layers(reader.layers)[0]
     # of all examples, not the shard's: one shard must not decide otherwise than the next
     fits = 4 * len(ids) * len(queries.columns) * len(layers) <= LAYER_DOTS_BYTES
-    scored = score_texts(reader, queries, texts, influence, keep_layers=fits)
+    scored = score_texts(reader, queries, texts, influence, keep_layers=fits, norms=norms)
     features = scored.features
     network, load = network_of(reader.model, reader.layers), load_of(texts.encoded)
-    n_queries = len(queries.columns)
+    n_queries, rank = len(queries.columns), influence.query_rank
+    work = partial(flops.features, network, load, n_queries, query_rank=rank, whitened=half)
     store = create_store(
         job.out / "shard.zarr",
         {
             **model_sizes(reader),
-            "flops": flops.features(network, load, n_queries, query_rank=influence.query_rank),
+            "flops": work(),
             "kernels": scored.kernels,
             "loss_reduction": influence.loss_reduction,
             "queries": queries.about(),
@@ -99,7 +104,7 @@ def make(job: Job) -> Metrics:
         **texts.counts(),
         "passes": scored.n_passes,
         "skipped": len(scored.skipped),
-        "flops": flops.features(network, load, n_queries, scored.n_passes, influence.query_rank),
+        "flops": work(passes=scored.n_passes),
     }
 
 
@@ -148,8 +153,9 @@ def score_texts(
     texts: Texts,
     influence: InfluenceSection,
     keep_layers: bool = False,
+    norms: LayerNorms | None = None,
 ) -> Scored:
-    """Score encoded examples against all queries.
+    """Score encoded examples against all queries; ``norms`` as for a :class:`Scorer`.
 
     When the query gradients of all columns do not fit in memory together, the examples are
     passed several times, each time against a block of columns.
@@ -182,6 +188,7 @@ def score_texts(
                 query_rank=influence.query_rank,
                 query_dtype=dtype_of(influence.query_dtype),
                 skip_nonfinite=influence.on_nonfinite == "skip",
+                norms=norms,
             )
             _fill(scored, scorer, reader, texts, scorable, block, progress)
             scored.kernels = scorer.kernels()

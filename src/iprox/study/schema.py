@@ -443,8 +443,11 @@ class InfluenceSection(Section):
         description="Average query gradients as they are, as unit vectors, or inside each subtask "
         "with the maximum taken over subtasks.",
     )
-    score: Literal["cosine", "dot"] = Field(
-        "cosine", description="Cosine, or the plain dot product."
+    score: Literal["cosine", "dot", "half"] = Field(
+        "cosine",
+        description="Cosine of direction and gradient, or the plain dot product; half (kfac, "
+        "ekfac): the cosine of both gradients times the inverse square root of the curvature, "
+        "which takes a third product of every layer's rows.",
     )
     estimator: EstimatorName = Field(
         "tracin",
@@ -477,6 +480,12 @@ class InfluenceSection(Section):
         description="An example whose loss or gradient is not finite stops the job, or is left "
         "out of the ranking, counted and listed.",
     )
+
+    @model_validator(mode="after")
+    def _half_of_a_curvature(self) -> InfluenceSection:
+        if self.score == "half" and self.estimator not in ("kfac", "ekfac"):
+            raise ValueError("score half needs estimator kfac or ekfac: there is no curvature else")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -884,7 +893,9 @@ class FactsSection(SmallModelSection):
     epochs: float = Field(10.0, gt=0, description="Passes over the questions.")
     lr: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW there.")
     people: int = Field(16, ge=2, le=26, description="People with three facts each.")
-    left_out: int = Field(8, ge=2, description="Facts left out of both trainings, one at a time.")
+    left_out: int = Field(
+        4, ge=2, description="Random halves of the queries' facts left out of both trainings."
+    )
     damping: float = Field(0.1, gt=0, description="Damping, relative to the mean eigenvalue.")
 
 
