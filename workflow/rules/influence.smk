@@ -36,6 +36,7 @@ rule features_shard:
         pool=parent("features", "pool"),
         split=parent("features", "split"),
         queries=all_parents("features", "query/"),
+        prefilter=parent("features", "prefilter"),
         curvature=parent("features", "curvature"),
         eigenvalues=parent("features", "eigenvalues"),
     output:

@@ -193,8 +193,10 @@ class Scorer:
         """Inner products (examples, queries) and squared norms (examples,) of one layer."""
         queries = self.queries[name]
         if self.norms is not None:
-            product = low_rank_dot if isinstance(queries, LowRankQueries) else fixed_dot
-            return product(d, x, queries, rows), self.norms(name, x, d, rows)
+            squares = self.norms(name, x, d, rows)
+            if isinstance(queries, LowRankQueries):
+                return low_rank_dot(d, x, queries, rows), squares
+            return fixed_dot(d, x, queries, rows), squares
         if isinstance(queries, LowRankQueries):
             return low_rank_dot(d, x, queries, rows), self._norms(x, d, rows, grams)
         kernel = self._choice(max(rows), x.shape[1], d.shape[1]).kernel

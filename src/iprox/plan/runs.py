@@ -12,6 +12,7 @@ from iprox.errors import ConfigError
 from iprox.plan.learned import LEARNED, LESS, learned_nodes
 from iprox.plan.multistage import finetuned_model, finetuned_stages
 from iprox.plan.nodes import Node, Plan
+from iprox.plan.prefilter import prefilter_node
 from iprox.plan.scorers import scorer_nodes
 from iprox.plan.selection import is_per_task, selection_node
 from iprox.study.estimators import ESTIMATORS
@@ -396,7 +397,14 @@ class RunPlanner:
         """Parameters of the loss whose gradients are taken."""
         return {"influence": {"loss_reduction": self.config.influence.loss_reduction}}
 
-    def features(self, model: Node, subset: str, exact: bool = False, directions: str = "") -> Node:
+    def features(
+        self,
+        model: Node,
+        subset: str,
+        exact: bool = False,
+        directions: str = "",
+        prefilter: Node | None = None,
+    ) -> Node:
         """Dots and norms, or sketches, of pool examples at a scoring model.
 
         Sketches do not depend on the tasks, so a new task leaves them as they are.
@@ -406,6 +414,7 @@ class RunPlanner:
             subset: ``all`` or the name of a split.
             exact: Exact features, whatever the run asks for.
             directions: Sketch what an optimizer makes of gradients: ``adam``, or nothing.
+            prefilter: A ranking of which only the first examples are passed; absent: all are.
         """
         sketch = {} if exact else self.sketch()
         parents = {"model": model, "pool": self.pool}
@@ -415,12 +424,16 @@ class RunPlanner:
         influence = self.config.influence.model_dump(include={"loss_reduction", "on_nonfinite"})
         if not sketch:
             influence |= EXACT if exact else self._reduction()
+        if prefilter is not None:
+            parents["prefilter"] = prefilter
         half = self._half(model, bool(sketch))
         parents |= half
         params: dict[str, Any] = self.passing() | {
             "influence": influence,
             "subset": {"name": subset},
         }
+        if prefilter is not None:
+            params["prefilter"] = self.config.prefilter.model_dump(include={"keep"})
         if half:
             damping = self.config.curvature.model_dump(include={"damping", "damping_mode"})
             params["curvature"] = damping
@@ -435,6 +448,7 @@ class RunPlanner:
             directions,
             sketch.get("kind"),
             None if subset == "all" else subset,
+            None if prefilter is None else f"{self.config.prefilter.by}-filtered",
         ]
         return self.plan.add("features", "-".join(filter(None, parts)), params, parents, shards)
 
@@ -535,7 +549,10 @@ class RunPlanner:
         nodes = self.curvature(self.asked(model))
         if self.is_multistage:
             nodes["finetuned"] = finetuned_model(self)
-        return {**nodes, "features": self.features(model, "all")}
+        kept = prefilter_node(RunPlanner(self.plan, self.run))  # the same at every epoch
+        if kept is not None:
+            nodes["prefilter"] = kept
+        return {**nodes, "features": self.features(model, "all", prefilter=kept)}
 
     def _ranked(self, nodes: dict[str, Node]) -> dict[str, Node]:
         """What a ranking reads of one checkpoint: features, and queries if they are sketches."""

@@ -528,6 +528,23 @@ class CurvatureSection(Section):
     seed: int = Field(0, description="Seed of sampled labels.")
 
 
+class PrefilterSection(Section):
+    """A cheap scorer that leaves most of the pool out of scoring by gradients.
+
+    Read by runs that score by gradients. What it leaves out has no score and no rank.
+    """
+
+    by: Literal["none", "tfidf", "bm25", "dsir", "repsim", "embedding"] = Field(
+        "none",
+        description="Score all of the pool; or the examples that a scorer of this name ranks "
+        "first, with the keys of the section scorer (embedding: cosine of the published text "
+        "encoder of the section encoder).",
+    )
+    keep: Fraction = Field(
+        0.2, description="Share of the pool kept for each task; all tasks score what one keeps."
+    )
+
+
 class FinetunedSection(Section):
     """What the target was fine-tuned on after the pool, for the estimator multistage.
 
@@ -917,6 +934,7 @@ class RunConfig(Section):
     align: AlignSection = AlignSection()
     influence: InfluenceSection = InfluenceSection()
     curvature: CurvatureSection = CurvatureSection()
+    prefilter: PrefilterSection = PrefilterSection()
     features: FeaturesSection = FeaturesSection()
     scorer: ScorerSection = ScorerSection()
     encoder: EncoderSection = EncoderSection()
