@@ -36,6 +36,9 @@ rule features_shard:
         pool=parent("features", "pool"),
         split=parent("features", "split"),
         queries=all_parents("features", "query/"),
+        prefilter=parent("features", "prefilter"),
+        curvature=parent("features", "curvature"),
+        eigenvalues=parent("features", "eigenvalues"),
     output:
         "results/features/{id}/shard-{shard}.zarr/zarr.json",
         manifest="results/features/{id}/shard-{shard}.manifest.json",

@@ -298,11 +298,28 @@ def query(net: Network, load: Load, unit: bool = False) -> float:
 
 
 def features(
-    net: Network, load: Load, n_queries: int, passes: int = 1, query_rank: int = 0
+    net: Network,
+    load: Load,
+    n_queries: int,
+    passes: int = 1,
+    query_rank: int = 0,
+    whitened: bool = False,
 ) -> float:
-    """Inner products and norms of pool examples; each pass takes an equal share of the queries."""
-    each = inner_products(net, load, -(-n_queries // passes), query_rank)
-    return passes * (one_pass(net, load) + each)
+    """Inner products and norms of pool examples; each pass takes an equal share of the queries.
+
+    Args:
+        net: The model.
+        load: The examples.
+        n_queries: Query gradients.
+        passes: Times the examples are passed.
+        query_rank: Rank that query gradients are cut to; 0: whole.
+        whitened: Whether norms are those in the metric of an inverse curvature.
+    """
+    share = -(-n_queries // passes)
+    if whitened:
+        entries = 2 * share * net.query_entries(query_rank) * load.tokens
+        return passes * entries + eigenvalues(net, load, passes)
+    return passes * (one_pass(net, load) + inner_products(net, load, share, query_rank))
 
 
 def covariance(net: Network, load: Load, passes: int = 1, limit: int = UNSPLIT) -> float:

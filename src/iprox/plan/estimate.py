@@ -508,13 +508,22 @@ class Estimator:
         if "split" in node.parents:
             size = node.parents["split"].params["split"]["size"]
             texts = texts._replace(n=_share(size, texts.n))
+        if "prefilter" in node.params:
+            tasks = len(node.parents["prefilter"].params["tasks"])
+            kept = min(1.0, tasks * node.params["prefilter"]["keep"])
+            texts = texts._replace(n=_share(kept, texts.n))
         n_queries = sum(map(self.volumes.groups, _queries_of(node)))
         element = BYTES[node.params["compute"]["dtype"]]
         reduction = {"query_rank": 0, "query_dtype": "float32"} | node.params["influence"]
         rank, held = reduction["query_rank"], BYTES[reduction["query_dtype"]]
-        matrices = held * n_queries * net.query_entries(rank)
+        matrices = float(held * n_queries * net.query_entries(rank))
+        half = "curvature" in node.parents
+        if half:
+            fitted = node.parents["curvature"].parents["covariance"].params["curvature"]
+            sides = flops.factor_blocks(net, fitted["max_factor_dim"])
+            matrices += 4.0 * (sum(side**2 for side in sides) + net.scored_weights)
         return Need(
-            flops=flops.features(net, _load(texts), n_queries, query_rank=rank),
+            flops=flops.features(net, _load(texts), n_queries, query_rank=rank, whitened=half),
             memory=self._pass_memory(net, texts, element) + matrices,
             disk=texts.n * (8 * n_queries + 60)
             + self._layer_dots(node, texts.n * n_queries)

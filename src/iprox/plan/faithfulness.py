@@ -63,6 +63,8 @@ def check_judged(study: Plan) -> None:
         if scorer.kind == "gradient":
             asked["proxy.kind"] = (proxy.kind, ("target", "ipsvd", "svd"))
             asked["influence.estimator"] = (influence.estimator, ESTIMATORS)
+            asked["prefilter.by"] = (run.config.prefilter.by, ("none",))
+            asked["influence.score"] = (influence.score, ("cosine", "dot"))
             asked["influence.checkpoints"] = (influence.checkpoints, ("last",))
         if scorer.kind == "gradient" and proxy.is_factorised:
             found = "auto" if proxy.sparsity == "auto" else "a number"

@@ -12,6 +12,7 @@ from iprox.errors import ConfigError
 from iprox.plan.learned import LEARNED, LESS, learned_nodes
 from iprox.plan.multistage import finetuned_model, finetuned_stages
 from iprox.plan.nodes import Node, Plan
+from iprox.plan.prefilter import prefilter_node
 from iprox.plan.scorers import scorer_nodes
 from iprox.plan.selection import is_per_task, selection_node
 from iprox.study.estimators import ESTIMATORS
@@ -232,9 +233,16 @@ class RunPlanner:
         """The stage that looks for the smallest proxy that is faithful enough.
 
         Raises:
-            ConfigError: Neither a floor nor a ceiling says what is enough.
+            ConfigError: Neither a floor nor a ceiling says what is enough, or scores are by half.
         """
         proxy, floor = self.config.proxy, self.config.fidelity.floor
+        if self.config.influence.score == "half":
+            raise ConfigError(
+                "sparsity auto compares scores without curvature, and half has none without",
+                where=f"runs.{self.run.name}: influence.score, proxy.sparsity",
+                value="half with auto",
+                fix="give proxy.sparsity a number",
+            )
         if floor is None and proxy.max_cost is None:
             raise ConfigError(
                 "sparsity auto needs to know what is enough",
@@ -389,7 +397,14 @@ class RunPlanner:
         """Parameters of the loss whose gradients are taken."""
         return {"influence": {"loss_reduction": self.config.influence.loss_reduction}}
 
-    def features(self, model: Node, subset: str, exact: bool = False, directions: str = "") -> Node:
+    def features(
+        self,
+        model: Node,
+        subset: str,
+        exact: bool = False,
+        directions: str = "",
+        prefilter: Node | None = None,
+    ) -> Node:
         """Dots and norms, or sketches, of pool examples at a scoring model.
 
         Sketches do not depend on the tasks, so a new task leaves them as they are.
@@ -399,6 +414,7 @@ class RunPlanner:
             subset: ``all`` or the name of a split.
             exact: Exact features, whatever the run asks for.
             directions: Sketch what an optimizer makes of gradients: ``adam``, or nothing.
+            prefilter: A ranking of which only the first examples are passed; absent: all are.
         """
         sketch = {} if exact else self.sketch()
         parents = {"model": model, "pool": self.pool}
@@ -408,10 +424,19 @@ class RunPlanner:
         influence = self.config.influence.model_dump(include={"loss_reduction", "on_nonfinite"})
         if not sketch:
             influence |= EXACT if exact else self._reduction()
+        if prefilter is not None:
+            parents["prefilter"] = prefilter
+        half = self._half(model, bool(sketch))
+        parents |= half
         params: dict[str, Any] = self.passing() | {
             "influence": influence,
             "subset": {"name": subset},
         }
+        if prefilter is not None:
+            params["prefilter"] = self.config.prefilter.model_dump(include={"keep"})
+        if half:
+            damping = self.config.curvature.model_dump(include={"damping", "damping_mode"})
+            params["curvature"] = damping
         if sketch:
             check = 0 if directions else self.config.features.check  # of gradients' cosines
             params["features"] = sketch | {"check": check}
@@ -423,8 +448,27 @@ class RunPlanner:
             directions,
             sketch.get("kind"),
             None if subset == "all" else subset,
+            None if prefilter is None else f"{self.config.prefilter.by}-filtered",
         ]
         return self.plan.add("features", "-".join(filter(None, parts)), params, parents, shards)
+
+    def _half(self, model: Node, is_sketched: bool) -> dict[str, Node]:
+        """The curvature that norms are taken by, of a run that scores by half of it.
+
+        Raises:
+            ConfigError: The run keeps sketches, whose norms are Euclidean.
+        """
+        if self.config.influence.score != "half":
+            return {}
+        if is_sketched:
+            raise ConfigError(
+                "a sketch has no norm by the curvature",
+                where=f"runs.{self.run.name}: influence.score, features.kind",
+                value=f"half with {self.config.features.kind}",
+                fix="set features.kind: exact, or influence.score: cosine",
+            )
+        fitted = self.curvature(self.asked(model))
+        return {role: fitted[role] for role in ESTIMATORS[self.config.influence.estimator]}
 
     def _reduction(self) -> dict[str, Any]:
         """How far query gradients are reduced before examples are scored against them."""
@@ -505,7 +549,10 @@ class RunPlanner:
         nodes = self.curvature(self.asked(model))
         if self.is_multistage:
             nodes["finetuned"] = finetuned_model(self)
-        return {**nodes, "features": self.features(model, "all")}
+        kept = prefilter_node(RunPlanner(self.plan, self.run))  # the same at every epoch
+        if kept is not None:
+            nodes["prefilter"] = kept
+        return {**nodes, "features": self.features(model, "all", prefilter=kept)}
 
     def _ranked(self, nodes: dict[str, Node]) -> dict[str, Node]:
         """What a ranking reads of one checkpoint: features, and queries if they are sketches."""

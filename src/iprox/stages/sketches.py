@@ -46,7 +46,7 @@ LARGE_ERROR = 0.15
 """Error of a cosine above which a sketch is too small for single comparisons."""
 
 
-def make_sketches(job: Job, reader: Reader, ids: list[str]) -> Metrics:
+def make_sketches(job: Job, reader: Reader, ids: list[str], own: list[str]) -> Metrics:
     """Write ``shard.zarr`` with sketches, and ``sketch.parquet`` with the first shard.
 
     Of gradients; with a section ``directions``, of the steps Adam would take on them.
@@ -58,7 +58,8 @@ def make_sketches(job: Job, reader: Reader, ids: list[str]) -> Metrics:
     Args:
         job: The features job.
         reader: The model, and the layers whose gradients are sketched.
-        ids: All examples to sketch, of which ``job.rows`` are this shard's.
+        ids: All examples, of which ``job.rows`` are this shard's.
+        own: Those of them to sketch.
 
     Returns:
         Counts of examples and tokens; with the first shard also the sketch's largest error.
@@ -74,9 +75,9 @@ def make_sketches(job: Job, reader: Reader, ids: list[str]) -> Metrics:
     if "directions" in job.params:
         assert isinstance(sketch, Blockwise)  # the plan allows no other
         sketch = AdamSketch(sketch, open_moments(job.parents["model"]))
-    start, stop = job.rows or (0, len(ids))
     about = attributes(sketch, section.dtype, reduction) | model_sizes(reader)
-    store = create_store(job.out / "shard.zarr", about)
+    counts = {"prefiltered": left_out(job, ids, own)}
+    store = create_store(job.out / "shard.zarr", about | counts)
     sketcher = Sketcher(
         reader.model,
         reader.layers,
@@ -84,10 +85,22 @@ def make_sketches(job: Job, reader: Reader, ids: list[str]) -> Metrics:
         reduction,
         skip_nonfinite=influence.on_nonfinite == "skip",
     )
-    metrics = _write_shard(job, reader, sketcher, store, ids[start:stop], section.dtype)
-    if start == 0 and section.check:
+    metrics = counts | _write_shard(job, reader, sketcher, store, own, section.dtype)
+    if (job.rows is None or job.rows[0] == 0) and section.check:
         metrics |= _check(job, reader, sketcher, ids, section)
     return metrics
+
+
+def left_out(job: Job, ids: list[str], own: list[str]) -> int:
+    """Examples among the job's rows that a prefilter leaves out.
+
+    Args:
+        job: A features job.
+        ids: All examples.
+        own: Those of ``job.rows`` that are passed.
+    """
+    start, stop = job.rows or (0, len(ids))
+    return stop - start - len(own)
 
 
 def build_sketch(section: FeaturesSection, shapes: Mapping[str, Any], device: Any) -> Sketch:

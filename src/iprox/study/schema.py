@@ -454,8 +454,11 @@ class InfluenceSection(Section):
         description="Average query gradients as they are, as unit vectors, or inside each subtask "
         "with the maximum taken over subtasks.",
     )
-    score: Literal["cosine", "dot"] = Field(
-        "cosine", description="Cosine, or the plain dot product."
+    score: Literal["cosine", "dot", "half"] = Field(
+        "cosine",
+        description="Cosine of direction and gradient, or the plain dot product; half (kfac, "
+        "ekfac): the cosine of both gradients times the inverse square root of the curvature, "
+        "which takes a third product of every layer's rows.",
     )
     estimator: EstimatorName = Field(
         "tracin",
@@ -488,6 +491,12 @@ class InfluenceSection(Section):
         description="An example whose loss or gradient is not finite stops the job, or is left "
         "out of the ranking, counted and listed.",
     )
+
+    @model_validator(mode="after")
+    def _half_of_a_curvature(self) -> InfluenceSection:
+        if self.score == "half" and self.estimator not in ("kfac", "ekfac"):
+            raise ValueError("score half needs estimator kfac or ekfac: there is no curvature else")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -530,6 +539,23 @@ class CurvatureSection(Section):
     seed: int = Field(0, description="Seed of sampled labels.")
 
 
+class PrefilterSection(Section):
+    """A cheap scorer that leaves most of the pool out of scoring by gradients.
+
+    Read by runs that score by gradients. What it leaves out has no score and no rank.
+    """
+
+    by: Literal["none", "tfidf", "bm25", "dsir", "repsim", "embedding"] = Field(
+        "none",
+        description="Score all of the pool; or the examples that a scorer of this name ranks "
+        "first, with the keys of the section scorer (embedding: cosine of the published text "
+        "encoder of the section encoder).",
+    )
+    keep: Fraction = Field(
+        0.2, description="Share of the pool kept for each task; all tasks score what one keeps."
+    )
+
+
 class FinetunedSection(Section):
     """What the target was fine-tuned on after the pool, for the estimator multistage.
 
@@ -540,8 +566,9 @@ class FinetunedSection(Section):
     pool: PoolSection | None = Field(None, description="Examples of the fine-tuning.")
     model: str | None = Field(
         None,
-        description="The fine-tuned model, named as target.model is; absent: the study fine-tunes "
-        "the warmed-up target itself.",
+        description="The fine-tuned model, named as target.model is: a causal LM, or a classifier "
+        "of texts, whose pool and tasks then have labels as responses. Absent: the study "
+        "fine-tunes the warmed-up target itself.",
     )
     revision: str | None = Field(None, description="Hub commit or tag of model.")
     examples: Size = Field(1.0, description="Examples of this pool that are trained on.")
@@ -894,7 +921,9 @@ class FactsSection(SmallModelSection):
     epochs: float = Field(10.0, gt=0, description="Passes over the questions.")
     lr: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW there.")
     people: int = Field(16, ge=2, le=26, description="People with three facts each.")
-    left_out: int = Field(8, ge=2, description="Facts left out of both trainings, one at a time.")
+    left_out: int = Field(
+        4, ge=2, description="Random halves of the queries' facts left out of both trainings."
+    )
     damping: float = Field(0.1, gt=0, description="Damping, relative to the mean eigenvalue.")
 
 
@@ -916,6 +945,7 @@ class RunConfig(Section):
     align: AlignSection = AlignSection()
     influence: InfluenceSection = InfluenceSection()
     curvature: CurvatureSection = CurvatureSection()
+    prefilter: PrefilterSection = PrefilterSection()
     features: FeaturesSection = FeaturesSection()
     scorer: ScorerSection = ScorerSection()
     encoder: EncoderSection = EncoderSection()
