@@ -109,6 +109,13 @@ def test_exact_features_cannot_teach() -> None:
         plan(features={"kind": "exact"})
 
 
+@pytest.mark.parametrize("kind", ["influcoder", "regression"])
+def test_what_learns_has_one_teacher(kind: str) -> None:
+    summed = {"influence": {"checkpoints": "epochs"}, "warmup": {"epochs": 2}}
+    with pytest.raises(ConfigError, match="one teacher"):
+        plan(scorer={"kind": kind}, **summed)
+
+
 def test_a_slice_that_is_the_pool_leaves_nothing_to_teach_with() -> None:
     with pytest.raises(ConfigError, match="leaves no example to teach with"):
         plan(split={"fidelity": 1.0})

@@ -254,12 +254,17 @@ class Estimator:
         section = node.params["warmup"]
         need = self._training(node, self.split_texts(node), section)
         copies = math.ceil(section["epochs"]) - 1 if "epochs" in node.params else 0
-        copies += 2 if "moments" in node.params else 0  # of Adam, first and second
+        copies += self._moments(node) * (copies + 1)
         return replace(need, disk=need.disk + 4 * self.parameters * copies)
 
     def _checkpoint(self, node: Node) -> Need:
         weights = self.parameters * BYTES[node.params["compute"]["dtype"]]
-        return Need(memory=PROCESS + 4 * self.parameters + weights, disk=weights)
+        moments = 4 * self.parameters * self._moments(node.parents["warmup"])
+        return Need(memory=PROCESS + 4 * self.parameters + weights, disk=weights + moments)
+
+    def _moments(self, warmup: Node) -> int:
+        """Copies of the weights that a warm-up keeps of Adam's moments, first and second."""
+        return 2 if "moments" in warmup.params else 0
 
     def _finetune(self, node: Node) -> Need:
         pool = node.parents["selection"].parents["pool"]

@@ -73,7 +73,7 @@ def make_sketches(job: Job, reader: Reader, ids: list[str]) -> Metrics:
     sketch = build_sketch(section, shapes, reader.device)
     if "directions" in job.params:
         assert isinstance(sketch, Blockwise)  # the plan allows no other
-        sketch = AdamSketch(sketch, open_moments(job.parents["model"]))
+        sketch = AdamSketch(sketch, open_moments(job.parents["moments"]))
     start, stop = job.rows or (0, len(ids))
     about = attributes(sketch, section.dtype, reduction) | model_sizes(reader)
     store = create_store(job.out / "shard.zarr", about)
