@@ -114,6 +114,7 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "evaluate.seed": ({"evaluate": {"seed": 1}}, ["evaluation"]),
     "fidelity.bootstrap": ({"fidelity": {"bootstrap": 7}}, ["fidelity"]),
     "report.examples": ({"report": {"examples": 3}}, []),
+    "report.find": ({"report": {"find": ["unsafe"]}}, []),
     "shards": ({"shards": 7}, []),
     "data_dir": ({"data_dir": "/elsewhere"}, []),
     "study": ({"study": "other"}, []),

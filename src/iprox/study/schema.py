@@ -814,6 +814,11 @@ class ReportSection(Section):
     """What the report shows. Nothing here changes a result."""
 
     examples: int = Field(10, ge=1, le=100, description="Best and worst examples shown per task.")
+    find: list[str] = Field(
+        default=[],
+        description="Categories of the pool that rankings are judged by how early they list, as "
+        "when unsafe examples are to be filtered out.",
+    )
 
 
 class SyntheticSection(Section):
