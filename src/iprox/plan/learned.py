@@ -6,7 +6,8 @@ gradients. It labels the ``teach`` split; what learns from it scores the pool.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from iprox.errors import ConfigError
@@ -121,7 +122,7 @@ def _less(planner: RunPlanner) -> dict[str, Node]:
     nodes = planner.scoring_model()
     trained = nodes.get("proxy-warmup", nodes["warmup"])
     nodes["features"] = planner.features(nodes["model"], "all", moments=trained)
-    sketches = query_sketches(planner, nodes["model"])
+    sketches = query_sketches(planner, nodes["model"], planner.adapters())
     return nodes | {f"query/{task}": node for task, node in sketches.items()}
 
 
@@ -163,11 +164,19 @@ def _taught(planner: RunPlanner, backbone: Node) -> dict[str, Node]:
     return nodes
 
 
-def query_sketches(planner: RunPlanner, model: Node) -> dict[str, Node]:
-    """Sketches of single queries' gradients at a scoring model, by task."""
+def query_sketches(
+    planner: RunPlanner, model: Node, adapters: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Node]:
+    """Sketches of single queries' gradients at a scoring model, by task.
+
+    Args:
+        planner: The run.
+        model: The scoring model.
+        adapters: Parameters by which they are gradients of low-rank updates, if any.
+    """
     sketch = planner.sketch()
     reduction = planner.config.influence.model_dump(include={"loss_reduction"})
-    params = planner.passing() | {"features": sketch, "influence": reduction}
+    params = planner.passing() | {"features": sketch, "influence": reduction, **adapters}
     asked = planner.asked(model)
     return {
         task.name: planner.plan.add(

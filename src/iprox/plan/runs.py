@@ -419,7 +419,7 @@ class RunPlanner:
             check = 0 if moments else self.config.features.check  # of gradients' cosines
             params["features"] = sketch | {"check": check}
         if moments:
-            params["directions"] = {"kind": "adam"}
+            params |= {"directions": {"kind": "adam"}, **self.adapters()}
             parents["moments"] = moments
         shards = self.plan.study.config.shards if subset == "all" else 1
         parts = [
@@ -429,6 +429,11 @@ class RunPlanner:
             None if subset == "all" else subset,
         ]
         return self.plan.add("features", "-".join(filter(None, parts)), params, parents, shards)
+
+    def adapters(self) -> dict[str, Any]:
+        """Parameters by which gradients are those of the warm-up's LoRA, if it has one."""
+        rank = self.config.warmup.lora_rank
+        return {"adapters": {"rank": rank}} if rank else {}
 
     def _reduction(self) -> dict[str, Any]:
         """How far query gradients are reduced before examples are scored against them."""

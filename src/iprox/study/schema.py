@@ -244,6 +244,16 @@ class WarmupSection(Section):
         0.03, ge=0, lt=1, description="Share of steps with rising learning rate."
     )
     freeze_embed_head: bool = Field(True, description="Keep token embedding and head fixed.")
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        description="Train low-rank updates of the block linears (LoRA, through peft) and merge "
+        "them in the end; scorer less then compares by their gradients, as published. 0: train "
+        "all weights.",
+    )
+    lora_alpha: float = Field(
+        16.0, gt=0, description="Scale of LoRA's updates, which is this over the rank."
+    )
     seed: int = Field(0, description="Seed of the order of examples.")
 
 

@@ -29,7 +29,7 @@ from iprox.errors import ConfigError, DataError, NumericsError, shorten
 from iprox.models.device import dtype_of, make_deterministic, pick_device
 from iprox.models.flops import load_of, network_of
 from iprox.models.load import load_model, load_tokenizer
-from iprox.models.moments import save_moments
+from iprox.models.moments import save_adapters, save_moments
 from iprox.numerics import flops
 from iprox.progress import Track, track
 from iprox.store.tables import write_table
@@ -139,7 +139,8 @@ def train_folder(
         label: What the progress display says.
         keep_epochs: Also write the float32 weights at the end of every epoch but the last, as
             :func:`epoch_folder`, and the epochs' learning rates as ``epochs.parquet``.
-        keep_moments: Also write Adam's moments after the last step, and with every epoch kept.
+        keep_moments: Also write Adam's moments after the last step, and with every epoch kept;
+            and the low-rank updates, if there are any.
         progress: Folder for checkpoints, which a killed run goes on from.
 
     Returns:
@@ -152,10 +153,18 @@ def train_folder(
     model = load_model(source, torch.float32, attention, pick_device())
     tokenizer = load_tokenizer(source)
 
-    def keep(folder: Path, optimizer: Any) -> None:
-        model.save_pretrained(folder)
+    scale = settings.lora_alpha / settings.lora_rank if settings.lora_rank else 0.0
+
+    def keep_state(folder: Path, optimizer: Any) -> None:
+        save_moments(folder, model, optimizer)
+        if settings.lora_rank:
+            save_adapters(folder, lora.adapters(model), settings.lora_rank, scale)
+
+    def keep_epoch(folder: Path, optimizer: Any) -> None:
+        weights = lora.merged_weights(model, scale) if settings.lora_rank else None
+        model.save_pretrained(folder, state_dict=weights)
         if keep_moments:
-            save_moments(folder, model, optimizer)
+            keep_state(folder, optimizer)
 
     rows = pd.DataFrame(columns=list(LOG_COLUMNS))
     metrics: dict[str, int | float] = {"steps": 0, "tokens": 0, "flops": 0.0}
@@ -169,12 +178,10 @@ def train_folder(
             bf16=dtype == "bfloat16",
             label=label,
             checkpoints=progress,
-            at_epoch_end=(lambda n, optimizer: keep(epoch_folder(out, n), optimizer))
+            at_epoch_end=(lambda n, optimizer: keep_epoch(epoch_folder(out, n), optimizer))
             if keep_epochs
             else None,
-            at_end=(lambda optimizer: save_moments(out, model, optimizer))
-            if keep_moments
-            else None,
+            at_end=(lambda optimizer: keep_state(out, optimizer)) if keep_moments else None,
         )
         rows, metrics = training.log, training.metrics()
     save(model, tokenizer, out, dtype_of(dtype))
@@ -293,7 +300,7 @@ def fine_tune(
 
 def _to_train(model: Any, settings: WarmupSection | FinetuneSection) -> Any:
     """The model with the weights to train set free, or in a wrapper with LoRA's updates."""
-    if isinstance(settings, FinetuneSection) and settings.lora_rank:
+    if settings.lora_rank:
         return lora.attach(model, settings.lora_rank, settings.lora_alpha, settings.seed)
     model.requires_grad_(True)
     for module in embeddings(model) if settings.freeze_embed_head else []:
