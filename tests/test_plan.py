@@ -63,6 +63,7 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"proxy": {"whiten": "inputs"}},
         ["decomposition", "factors", "proxy", *AFTER_PROXY],
     ),
+    "prefilter.by": ({"prefilter": {"by": "tfidf"}}, ["features", "ranking", *AFTER_RANKING]),
     "probe.tokens": (
         {"probe": {"tokens": 64}},
         ["probe", "decomposition", "factors", "proxy", *AFTER_PROXY],
@@ -114,6 +115,7 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "evaluate.seed": ({"evaluate": {"seed": 1}}, ["evaluation"]),
     "fidelity.bootstrap": ({"fidelity": {"bootstrap": 7}}, ["fidelity"]),
     "report.examples": ({"report": {"examples": 3}}, []),
+    "report.find": ({"report": {"find": ["unsafe"]}}, []),
     "shards": ({"shards": 7}, []),
     "data_dir": ({"data_dir": "/elsewhere"}, []),
     "study": ({"study": "other"}, []),

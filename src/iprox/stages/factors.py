@@ -140,7 +140,7 @@ def _warn_of_units(decomposition: Mapping[str, Any]) -> None:
     if not about_loss:
         log.warning(
             "proxy.rank_allocation global compares errors that are not changes of the loss or of "
-            "scores: only proxy.kind ipsvd with whiten both or queries, and objective tracin, makes "
+            "scores: only proxy.kind ipsvd with whiten both or queries and objective tracin makes "
             "them that"
         )
 

@@ -244,6 +244,16 @@ class WarmupSection(Section):
         0.03, ge=0, lt=1, description="Share of steps with rising learning rate."
     )
     freeze_embed_head: bool = Field(True, description="Keep token embedding and head fixed.")
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        description="Train low-rank updates of the block linears (LoRA, through peft) and merge "
+        "them in the end; scorer less then compares by their gradients, as published. 0: train "
+        "all weights.",
+    )
+    lora_alpha: float = Field(
+        16.0, gt=0, description="Scale of LoRA's updates, which is this over the rank."
+    )
     seed: int = Field(0, description="Seed of the order of examples.")
 
 
@@ -852,6 +862,11 @@ class ReportSection(Section):
     """What the report shows. Nothing here changes a result."""
 
     examples: int = Field(10, ge=1, le=100, description="Best and worst examples shown per task.")
+    find: list[str] = Field(
+        default=[],
+        description="Categories of the pool that rankings are judged by how early they list, as "
+        "when unsafe examples are to be filtered out.",
+    )
 
 
 class SyntheticSection(Section):
