@@ -147,6 +147,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_papers_table_is_filled_from_the_studys_own_runs(finished: Path) -> None:
+    output = snakemake(finished, study(), "t2")
+    assert jobs(output) == {"paper_table": 1, "t2": 1, "total": 2}
+    table = finished / "results" / "studies" / "tiny" / "tables" / "t2"
+    cells = pd.read_parquet(table / "cells.parquet")
+    ours = cells[cells["column"] == "own loss"].set_index("setting")
+    runs = {"untouched target": "", "full target": "full", "IProX 0.5": "iprox"}
+    assert dict(ours["runs"]) == runs | {"random": "random-1 random-2"}
+    for source in " ".join(ours["sources"]).split():
+        assert (finished / "results" / source / "metrics.json").is_file()
+    assert "Ours: model, pool.jsonl (24 examples)" in (table / "table.md").read_text()
+
+
 def test_the_study_ends_with_rankings_models_and_a_report(finished: Path) -> None:
     links = finished / "results" / "studies" / "tiny"
     ranking = pd.read_parquet(links / "iprox" / "ranking" / "ranking.parquet")
