@@ -415,9 +415,10 @@ def agreement(study: Study) -> pd.DataFrame:
         for i, first in enumerate(ranked):
             for second in ranked[i:]:
                 pair = ranks[[first.name, second.name]].dropna() if first is not second else ranks
-                value = (
-                    float(pair[first.name].corr(pair[second.name])) if first is not second else 1.0
-                )
+                value = 1.0
+                if first is not second:  # ranked anew: a prefilter leaves other examples out
+                    again = pair.rank()
+                    value = float(again[first.name].corr(again[second.name]))
                 rows.append([task, first.name, second.name, value, len(pair)])
     return pd.DataFrame(rows, columns=["task", "run_a", "run_b", "spearman", "n"])
 
@@ -682,10 +683,10 @@ def _loss_finding(study: Study, task: str) -> str | None:
         if members[0].is_random
         for e in evaluations_of(study, members, task)
     ]
-    return f"{text}. {_against_chance(best, scored[best], chance)}"
+    return f"{text}. {against_chance(best, scored[best], chance)}"
 
 
-def _against_chance(name: str, evaluations: list[Artifact], chance: list[Artifact]) -> str:
+def against_chance(name: str, evaluations: list[Artifact], chance: list[Artifact]) -> str:
     """Whether a selection beat random ones by more than the test items' and the draws' noise."""
     if not chance:
         return "No random selection was trained on, so what choosing adds is not known."
