@@ -317,7 +317,7 @@ def test_errors_of_scores_are_weighted_by_what_the_pool_is_scored_against() -> N
 
 
 def test_factors_in_both_passes_cannot_be_weighted_by_queries() -> None:
-    with pytest.raises(ConfigError, match="passes: backward"):
+    with pytest.raises(ConfigError, match="proxy.whiten"):
         plan(proxy={"whiten": "queries"})
 
 

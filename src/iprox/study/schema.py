@@ -364,15 +364,6 @@ class ProxySection(Section):
         return self
 
     @model_validator(mode="after")
-    def _only_backward_factors_change_scores_alone(self) -> ProxySection:
-        if self.whiten == "queries" and (self.kind, self.passes) != ("ipsvd", "backward"):
-            raise ValueError(
-                "whiten queries needs kind ipsvd and passes: backward; factors in the forward pass "
-                "change more than what gradients pass through"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _only_auto_has_a_ceiling(self) -> ProxySection:
         if self.max_cost is not None and self.sparsity != "auto":
             raise ValueError("max_cost needs sparsity: auto; a given sparsity has the cost it has")
