@@ -11,7 +11,7 @@ from typing import Any
 from iprox.errors import ConfigError
 from iprox.plan.learned import LEARNED, LESS, learned_nodes
 from iprox.plan.multistage import finetuned_model, finetuned_stages
-from iprox.plan.nodes import Node, Plan, links_at
+from iprox.plan.nodes import OF_PASSES, Node, Plan, links_at
 from iprox.plan.prefilter import prefilter_node
 from iprox.plan.scorers import scorer_nodes
 from iprox.plan.selection import is_per_task, selection_node
@@ -165,7 +165,7 @@ class RunPlanner:
         """A model that is not made from the target, and its warm-up on the same examples."""
         proxy, like = self.config.proxy, self.plan.study.config.target
         assert proxy.model is not None
-        section = like.model_dump(exclude={"attention"}) | {
+        section = like.model_dump(exclude=OF_PASSES) | {
             "model": proxy.model,
             "revision": proxy.revision,
             "trust_remote_code": False,
@@ -403,7 +403,8 @@ class RunPlanner:
     def passing(self) -> dict[str, Any]:
         """Parameters of every stage that passes texts through a scoring model."""
         layers = self.config.proxy.layers.model_dump()
-        return {"chat": self.chat, "compute": self.compute, "layers": layers}
+        compiled = {"compile": True} if self.plan.study.config.target.compile else {}
+        return {"chat": self.chat, "compute": self.compute | compiled, "layers": layers}
 
     def _loss(self) -> dict[str, Any]:
         """Parameters of the loss whose gradients are taken."""

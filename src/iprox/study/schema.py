@@ -76,6 +76,12 @@ class TargetSection(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="Attention kernel of first-order passes."
     )
+    compile: bool = Field(
+        False,
+        description="Compile what lies between the linear layers (norms, activations) with "
+        "torch.compile where gradients are scored; needs a C++ compiler. Gains nothing on a CPU, "
+        "and has not been measured on a GPU.",
+    )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Off unless you read it."
     )
