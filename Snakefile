@@ -59,6 +59,7 @@ localrules:
     selection,
     fidelity,
     features,
+    paper_table,
     embeddings,
     covariance,
     eigenvalues,

@@ -74,6 +74,7 @@ EXPECTED = {
     "synthetic": ("influence_retention", "0.5625"),
     "facts": ("GradDot", "0.3125"),
     "retrieval": ("RepSim", "0.4375"),
+    "paper_table": ("IProX 0.3", "56.75", "25.5"),
     "small": ("LlamaForCausalLM", "parameters"),
     "retrain": ("1.25",),
     "faithfulness": ("ekfac", "0.6875"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from iprox.errors import IproxError
 from iprox.plan.code import code_hash
 from iprox.plan.environment import prepare_jobs
+from iprox.plan.papers import plan_tables
 from iprox.plan.plan import plan_study
 from iprox.plan.preflight import check_inputs
 from iprox.store.inputs import raw_input_files
@@ -52,6 +53,13 @@ FILES = {
     "faithfulness": ["faithfulness.parquet", "summary.txt"],
     "facts": ["methods.parquet"],
     "retrieval": ["retrieval.parquet", "summary.txt"],
+    "paper_table": [
+        "table.parquet",
+        "table.md",
+        "table.tex",
+        "cells.parquet",
+        "summary.txt",
+    ],
 }
 SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
 
@@ -61,6 +69,7 @@ try:
     PLAN = plan_study(parse_study(config, map(Path, workflow.configfiles)))
     DATA_DIR = Path(config.get("data_dir") or ".")
     check_inputs(PLAN, DATA_DIR)
+    TABULATED, TABLES = plan_tables(PLAN)
 except IproxError as error:
     # A user's mistake is a message, not a traceback through the workflow engine.
     print(f"\n{error}\n", file=sys.stderr)

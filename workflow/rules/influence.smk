@@ -33,6 +33,7 @@ rule features_shard:
     # Dots with every query and norms, or sketches, for one part of the pool: where the time goes.
     input:
         model=parent("features", "model"),
+        moments=parent("features", "moments"),
         pool=parent("features", "pool"),
         split=parent("features", "split"),
         queries=all_parents("features", "query/"),

@@ -148,5 +148,6 @@ rule study_index:
     params:
         code=code_hash("iprox.plan.index", SCRIPTS / "study_index.py"),
         plan=PLAN.digest,
+        tables=[node.id for node in TABLES.values()],
     script:
         "../scripts/study_index.py"

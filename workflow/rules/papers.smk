@@ -1,4 +1,4 @@
-"""Experiments beside a study: those of the papers, and its runs judged by retraining."""
+"""Experiments and tables of the papers, and a study's runs judged by retraining."""
 
 from iprox.plan.facts import plan_facts
 from iprox.plan.faithfulness import check_judged, plan_faithfulness
@@ -7,6 +7,42 @@ from iprox.plan.plan import synthetic_node
 SYNTHETIC = synthetic_node()
 TRACED, RETRIEVAL = plan_facts(PLAN)
 JUDGED, FAITHFULNESS = plan_faithfulness(PLAN)
+
+
+rule paper_table:
+    # A paper's table with the study's numbers beside the printed ones.
+    input:
+        all_parents("paper_table", plan=TABULATED),
+    output:
+        files("paper_table"),
+        manifest=manifest("paper_table"),
+    log:
+        "results/logs/paper_table/{id}.log",
+    benchmark:
+        "results/benchmarks/paper_table/{id}.tsv"
+    conda:
+        "../../envs/iprox.yaml"
+    threads: 1
+    resources:
+        mem_mb=small_mem,
+        runtime=small_runtime,
+    params:
+        code=code("paper_table"),
+        parents=parents("paper_table", TABULATED),
+        spec=spec("paper_table", TABULATED),
+    script:
+        "../scripts/paper_table.py"
+
+
+for table in TABLES:
+
+    # `snakemake t2` and the like, each from the runs that stand in it.
+    rule:
+        name:
+            table
+        input:
+            rules.study_index.output,
+            made(TABLES[table]),
 
 
 rule synthetic:

@@ -58,6 +58,7 @@ STAGES = {
     "faithfulness": "How well the scores of every run predict retraining, with intervals.",
     "facts": "How well each method traces a tiny model's answers to its pre-training text.",
     "retrieval": "Methods that trace answers to pre-training text: quality beside cost.",
+    "paper_table": "A paper's table, with the numbers of a study's runs beside the printed ones.",
     "report": "Tables, figures and a page that show the runs of a study beside each other.",
 }
 

@@ -689,6 +689,7 @@ STAGE_VIEWS: dict[str, tuple[tuple[str, View], ...]] = {
     "faithfulness": (("faithfulness.parquet", whole_table),),
     "facts": (("methods.parquet", whole_table),),
     "retrieval": (("retrieval.parquet", whole_table),),
+    "paper_table": (("table.parquet", whole_table),),
     "report": ((".", to_open),),
 }
 

@@ -197,6 +197,15 @@ def differentiable_attention() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def forward_derivatives() -> Iterator[None]:
+    """Within this context, a model can be differentiated forward."""
+    with differentiable_attention(), warnings.catch_warnings():
+        # torch's own forward derivatives are still compiled by its deprecated torch.jit
+        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+        yield
+
+
 def _double_backward(
     proxy: Factorised, batch: Batch, target: TargetView
 ) -> tuple[Objective, list[Tensor]]:
@@ -267,9 +276,7 @@ def _jvp(proxy: Factorised, batch: Batch, direction: Sequence[Tensor]) -> list[T
         found: Tensor = torch.func.functional_call(module, parameters, ())
         return found
 
-    with differentiable_attention(), warnings.catch_warnings():
-        # torch's own forward derivatives are still compiled by its deprecated torch.jit
-        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+    with forward_derivatives():
         product = torch.func.jvp(torch.func.grad(loss), (here,), (along,))[1]
     return [product[name] for name in names]
 

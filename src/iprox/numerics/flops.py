@@ -282,9 +282,13 @@ def lora_training(net: Network, load: Load, parameters: int) -> float:
     return one_pass(net, load, load.tokens) + 6 * parameters * load.tokens
 
 
-def probe(net: Network, load: Load, passes: int = 1) -> float:
-    """Recording layer inputs and output gradients."""
-    return passes * one_pass(net, load)
+def probe(net: Network, load: Load, directions: int = 0) -> float:
+    """Recording layer inputs and output gradients, and how inputs move in some directions.
+
+    The derivative of a forward pass takes three: the pass, its products with what moves, and those
+    of the directions with the inputs.
+    """
+    return one_pass(net, load) + 3 * directions * forward(net, load, 0)
 
 
 def query(net: Network, load: Load, unit: bool = False) -> float:

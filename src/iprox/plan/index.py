@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from iprox.plan.nodes import RESULTS, Node, Plan
+from iprox.plan.papers import plan_tables
 from iprox.study.load import dump_study, flatten
 
 STUDIES = RESULTS / "studies"
@@ -27,6 +28,7 @@ def links(plan: Plan) -> dict[str, Node]:
                 found |= {} if query is node else {f"{name}/direction-{task}": node}
     if plan.report is not None:
         found["report"] = plan.report
+    found |= {f"tables/{name}": node for name, node in plan_tables(plan)[1].items()}
     return found
 
 

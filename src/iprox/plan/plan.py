@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from iprox.plan.diversity import add_diversity
 from iprox.plan.nodes import Node, Plan, RunPlan
@@ -47,20 +48,9 @@ def synthetic_node() -> Node:
 
 def _report(plan: Plan) -> Node:
     """The report: its parents are every stage that a run links to."""
-    config = plan.study.config
     parents = {name.replace("task-", "task/"): node for name, node in plan.shared.items()}
-    runs = {}
     for name, run_plan in plan.runs.items():
         run = run_plan.run
-        runs[name] = {
-            "changed": run.changed,
-            "group": run.group,
-            "preset": run.config.preset,
-            "proxy": run.proxy,
-            "scorer": run.config.scorer.kind,
-            "sparsity": run.sparsity,
-            "until": run.config.until,
-        }
         shown = {k: n for k, n in run_plan.nodes.items() if k not in ("pool", "target", "model")}
         parents |= {f"{name}/{key}": node for key, node in shown.items()}
         if "fidelity" in run_plan.nodes:
@@ -70,14 +60,33 @@ def _report(plan: Plan) -> Node:
                 parents[f"{name}/features"] = compared["proxy"]
             elif compared["proxy"] is not run_plan.nodes["features"]:
                 parents[f"{name}/slice-features"] = compared["proxy"]
-    params = {
-        "config": config.model_dump(mode="json", exclude={"data_dir", "runs", "shards"}),
+    return plan.add("report", plan.name, described(plan, list(plan.runs)), parents)
+
+
+def described(plan: Plan, names: list[str]) -> dict[str, Any]:
+    """A study and some of its runs, as a stage that shows them is told about them."""
+    config = plan.study.config
+    runs = {}
+    for name in names:
+        run = plan.runs[name].run
+        runs[name] = {
+            "changed": run.changed,
+            "group": run.group,
+            "preset": run.config.preset,
+            "proxy": run.proxy,
+            "scorer": run.config.scorer.kind,
+            "sparsity": run.sparsity,
+            "until": run.config.until,
+        }
+    return {
+        "config": config.model_dump(
+            mode="json", exclude={"data_dir", "runs", "shards"}
+        ),
         "report": config.report.model_dump(),
         "runs": runs,
         "study": config.study,
         "tasks": [task.name for task in config.tasks],
     }
-    return plan.add("report", config.study, params, parents)
 
 
 def _pool_label(plan: Plan) -> str:

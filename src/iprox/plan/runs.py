@@ -11,7 +11,7 @@ from typing import Any
 from iprox.errors import ConfigError
 from iprox.plan.learned import LEARNED, LESS, learned_nodes
 from iprox.plan.multistage import finetuned_model, finetuned_stages
-from iprox.plan.nodes import Node, Plan
+from iprox.plan.nodes import Node, Plan, links_at
 from iprox.plan.prefilter import prefilter_node
 from iprox.plan.scorers import scorer_nodes
 from iprox.plan.selection import is_per_task, selection_node
@@ -48,10 +48,6 @@ WEIGHTING = {"mode", "damping_mode", "damping", "whiten", "objective"}
 
 CUT = {*RANK_RULE, "rank_allocation", "gauge"}
 """Keys of the section ``proxy`` that the factors depend on, besides the decomposition."""
-
-
-SAME_AT_EVERY_EPOCH = {"pool", "target", "model", "proxy-target"}
-"""Links of a scoring model that are shown once, however many checkpoints it is made at."""
 
 
 class RunPlanner:
@@ -133,6 +129,10 @@ class RunPlanner:
         influence, epochs = self.config.influence, self.config.warmup.epochs
         return range(1, math.ceil(epochs) if influence.checkpoints == "epochs" else 1)
 
+    def earlier(self) -> list[tuple[int, RunPlanner]]:
+        """Epochs before the last that influence is summed over, with the run as it is there."""
+        return [(n, RunPlanner(self.plan, self.run, n)) for n in self._earlier_epochs()]
+
     def scoring_model(self) -> dict[str, Node]:
         """The model that scores, as ``model``, and what it is made of."""
         kind, warmup = self.config.proxy.kind, self.warmup()
@@ -180,18 +180,7 @@ class RunPlanner:
         nodes: dict[str, Node] = {}
         made_of = {"warmup": warmup}
         if proxy.kind == "ipsvd":
-            nodes["probe"] = made_of["probe"] = self.plan.add(
-                "probe",
-                f"{proxy.kind}-{self.config.split.probe}",
-                {
-                    "chat": self.chat,
-                    "compute": self.compute,
-                    "influence": {"loss_reduction": self.config.influence.loss_reduction},
-                    "layers": layers,
-                    "probe": self._probe_params(),
-                },
-                {"pool": self.pool, "split": self.split("probe"), "warmup": warmup},
-            )
+            nodes["probe"] = made_of["probe"] = self._probe()
         solver = proxy.model_dump(include={"kind", "dense_rule"})
         if proxy.kind == "ipsvd":
             solver |= proxy.model_dump(include=WEIGHTING)
@@ -228,6 +217,17 @@ class RunPlanner:
             parents,
         )
         return nodes
+
+    def _probe(self) -> Node:
+        """What errors of factors are weighted by, seen at the warmed-up target."""
+        proxy, warmup = self.config.proxy, self.warmup()
+        params = self.passing() | self._loss() | {"probe": self._probe_params()}
+        parents = {"pool": self.pool, "split": self.split("probe"), "warmup": warmup}
+        label = f"{proxy.kind}-{self.config.split.probe}"
+        if proxy.whiten == "queries":
+            parents |= self.queries(warmup)
+            label = f"{label}-queries"
+        return self.plan.add("probe", label, params, parents)
 
     def _sparsity(self, nodes: dict[str, Node]) -> Node:
         """The stage that looks for the smallest proxy that is faithful enough.
@@ -402,7 +402,7 @@ class RunPlanner:
         model: Node,
         subset: str,
         exact: bool = False,
-        directions: str = "",
+        moments: Node | None = None,
         prefilter: Node | None = None,
     ) -> Node:
         """Dots and norms, or sketches, of pool examples at a scoring model.
@@ -413,7 +413,8 @@ class RunPlanner:
             model: The scoring model.
             subset: ``all`` or the name of a split.
             exact: Exact features, whatever the run asks for.
-            directions: Sketch what an optimizer makes of gradients: ``adam``, or nothing.
+            moments: Sketch the steps that Adam makes of gradients, with the moments that this
+                training kept.
             prefilter: A ranking of which only the first examples are passed; absent: all are.
         """
         sketch = {} if exact else self.sketch()
@@ -438,14 +439,15 @@ class RunPlanner:
             damping = self.config.curvature.model_dump(include={"damping", "damping_mode"})
             params["curvature"] = damping
         if sketch:
-            check = 0 if directions else self.config.features.check  # of gradients' cosines
+            check = 0 if moments else self.config.features.check  # of gradients' cosines
             params["features"] = sketch | {"check": check}
-        if directions:
-            params["directions"] = {"kind": directions}
+        if moments:
+            params |= {"directions": {"kind": "adam"}, **self.adapters()}
+            parents["moments"] = moments
         shards = self.plan.study.config.shards if subset == "all" else 1
         parts = [
             self.label(model),
-            directions,
+            "adam" if moments else None,
             sketch.get("kind"),
             None if subset == "all" else subset,
             None if prefilter is None else f"{self.config.prefilter.by}-filtered",
@@ -469,6 +471,11 @@ class RunPlanner:
             )
         fitted = self.curvature(self.asked(model))
         return {role: fitted[role] for role in ESTIMATORS[self.config.influence.estimator]}
+
+    def adapters(self) -> dict[str, Any]:
+        """Parameters by which gradients are those of the warm-up's LoRA, if it has one."""
+        rank = self.config.warmup.lora_rank
+        return {"adapters": {"rank": rank}} if rank else {}
 
     def _reduction(self) -> dict[str, Any]:
         """How far query gradients are reduced before examples are scored against them."""
@@ -530,18 +537,16 @@ class RunPlanner:
         parents = self._ranked(nodes)
         if self.sketch():
             params["features"] = self.sketch()
-        for epoch in self._earlier_epochs():
-            then = RunPlanner(self.plan, self.run, epoch)
+        for epoch, then in self.earlier():
             made = then.scoring_model()
             made |= then._scored(made["model"])
             at = then._ranked(made).items()
             parents |= {f"checkpoint/{epoch}/{role}": node for role, node in at}
-            shown = {key: node for key, node in made.items() if key not in SAME_AT_EVERY_EPOCH}
-            nodes |= {f"{key}-epoch-{epoch}": node for key, node in shown.items()}
-        if self._earlier_epochs():
-            parents["warmup"] = nodes["warmup"]
+            nodes |= links_at(epoch, made)
         label = nodes["features"].label
-        label = f"{label}-epochs" if self._earlier_epochs() else label
+        if self.earlier():
+            parents["warmup"] = nodes["warmup"]
+            label = f"{label}-epochs"
         return nodes | {"ranking": self.plan.add("ranking", label, params, parents)}
 
     def _scored(self, model: Node) -> dict[str, Node]:

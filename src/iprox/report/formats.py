@@ -108,13 +108,17 @@ def markdown(table: pd.DataFrame) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, rule, *rows])
 
 
-def latex(table: pd.DataFrame) -> str:
-    """A booktabs ``tabular``, to be read in with LaTeX's ``input``."""
+def latex(table: pd.DataFrame, caption: str = "") -> str:
+    """A booktabs ``tabular``, to be read in with LaTeX's ``input``; a ``table`` with a caption."""
     columns = "".join("r" if numeric(table[column]) else "l" for column in table.columns)
     header = _latex_row([str(column) for column in table.columns])
     rows = [_latex_row([cell_text(v) for v in row]) for row in table.itertuples(index=False)]
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header, r"\midrule", *rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    if caption:
+        named = rf"\caption{{{_latex_text(caption)}}}"
+        lines = [r"\begin{table}", r"\centering", named, *lines, r"\end{table}"]
+    return "\n".join([*lines, ""])
 
 
 def text_table(header: list[str], rows: list[list[str]]) -> str:
@@ -162,5 +166,8 @@ def _markdown_text(text: str) -> str:
 
 
 def _latex_row(cells: list[str]) -> str:
-    escaped = ("".join(_LATEX.get(c, c) for c in " ".join(cell.split())) for cell in cells)
-    return " & ".join(escaped) + r" \\"
+    return " & ".join(map(_latex_text, cells)) + r" \\"
+
+
+def _latex_text(text: str) -> str:
+    return "".join(_LATEX.get(c, c) for c in " ".join(text.split()))

@@ -59,7 +59,7 @@ def amortisation(study: Study) -> pd.DataFrame:
     of examples from which on the encoder is the cheaper; bytes of an example's embedding, and of
     the teacher's sketch of it.
     """
-    rows = [_costs(run) for run in study.runs if _embeds(run)]
+    rows = [costs(run) for run in study.runs if _embeds(run)]
     return pd.DataFrame(rows, columns=COSTS)
 
 
@@ -68,7 +68,8 @@ def _embeds(run: Run) -> bool:
     return features is not None and features.stage == "embeddings"
 
 
-def _costs(run: Run) -> dict[str, Any]:
+def costs(run: Run) -> dict[str, Any]:
+    """The row of :func:`amortisation` of one run."""
     artifacts = run.artifacts
     queries = [a for name, a in artifacts.items() if name.startswith("sketches-")]
     labelling = _seconds([artifacts.get("teach"), *queries] if "teach" in artifacts else [])

@@ -683,10 +683,10 @@ def _loss_finding(study: Study, task: str) -> str | None:
         if members[0].is_random
         for e in evaluations_of(study, members, task)
     ]
-    return f"{text}. {_against_chance(best, scored[best], chance)}"
+    return f"{text}. {against_chance(best, scored[best], chance)}"
 
 
-def _against_chance(name: str, evaluations: list[Artifact], chance: list[Artifact]) -> str:
+def against_chance(name: str, evaluations: list[Artifact], chance: list[Artifact]) -> str:
     """Whether a selection beat random ones by more than the test items' and the draws' noise."""
     if not chance:
         return "No random selection was trained on, so what choosing adds is not known."

@@ -17,8 +17,9 @@ from iprox.data.chat import Encoded, pad_id
 from iprox.engine.geometry import gradient_gram
 from iprox.engine.loss import Batch
 from iprox.engine.sketching import Sketcher, sketch_gradients
-from iprox.models.moments import open_moments
+from iprox.models.moments import open_adapters, open_moments
 from iprox.numerics.adam import AdamSketch
+from iprox.numerics.adapters import AdapterSketch, adapter_shapes
 from iprox.numerics.correlation import spearman
 from iprox.numerics.sketch import Blockwise, CountSketch, FreshLora, Logra, RandomProjection, Sketch
 from iprox.progress import track
@@ -70,11 +71,7 @@ def make_sketches(job: Job, reader: Reader, ids: list[str], own: list[str]) -> M
     section = job.section(FeaturesSection, "features")
     influence = job.section(InfluenceSection, "influence")
     reduction = influence.loss_reduction
-    shapes = {n: (layer.out_features, layer.in_features) for n, layer in reader.layers.items()}
-    sketch = build_sketch(section, shapes, reader.device)
-    if "directions" in job.params:
-        assert isinstance(sketch, Blockwise)  # the plan allows no other
-        sketch = AdamSketch(sketch, open_moments(job.parents["model"]))
+    sketch = sketch_of(job, reader, section, trained="moments")
     about = attributes(sketch, section.dtype, reduction) | model_sizes(reader)
     counts = {"prefiltered": left_out(job, ids, own)}
     store = create_store(job.out / "shard.zarr", about | counts)
@@ -101,6 +98,27 @@ def left_out(job: Job, ids: list[str], own: list[str]) -> int:
     """
     start, stop = job.rows or (0, len(ids))
     return stop - start - len(own)
+
+
+def sketch_of(job: Job, reader: Reader, section: FeaturesSection, trained: str) -> Sketch:
+    """The map that a job asks for: of gradients of weights or of LoRA's updates, or Adam's steps.
+
+    Args:
+        job: Has a section ``adapters`` for gradients of the updates, ``directions`` for steps.
+        reader: The model.
+        section: Settings of the sketch.
+        trained: Role of the parent that has the updates and the moments.
+    """
+    shapes = {n: (layer.out_features, layer.in_features) for n, layer in reader.layers.items()}
+    adapted = "adapters" in job.params
+    if adapted:
+        adapters, rank, scale = open_adapters(job.parents[trained])
+    weights = adapter_shapes(shapes, rank) if adapted else shapes
+    sketch = build_sketch(section, weights, reader.device)
+    if "directions" in job.params:
+        assert isinstance(sketch, Blockwise)  # the plan allows no other
+        sketch = AdamSketch(sketch, open_moments(job.parents[trained]))
+    return AdapterSketch(sketch, shapes, adapters, scale) if adapted else sketch
 
 
 def build_sketch(section: FeaturesSection, shapes: Mapping[str, Any], device: Any) -> Sketch:

@@ -244,6 +244,16 @@ class WarmupSection(Section):
         0.03, ge=0, lt=1, description="Share of steps with rising learning rate."
     )
     freeze_embed_head: bool = Field(True, description="Keep token embedding and head fixed.")
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        description="Train low-rank updates of the block linears (LoRA, through peft) and merge "
+        "them in the end; scorer less then compares by their gradients, as published. 0: train "
+        "all weights.",
+    )
+    lora_alpha: float = Field(
+        16.0, gt=0, description="Scale of LoRA's updates, which is this over the rank."
+    )
     seed: int = Field(0, description="Seed of the order of examples.")
 
 
@@ -314,7 +324,8 @@ class ProxySection(Section):
         "uniform",
         description="The same sparsity in every layer, or its budget of parameters spent where it "
         "removes most of the weighted error; layers then differ in rank, and some stay dense. "
-        "Made for kind ipsvd with whiten both, where errors are changes of the loss.",
+        "Made for kind ipsvd with whiten both or queries, where errors are changes of the loss or "
+        "of scores.",
     )
     rank_rounding: Literal["ceil", "round_ceil"] = Field(
         "ceil", description="round_ceil rounds to an integer first, as the reference code does."
@@ -335,10 +346,11 @@ class ProxySection(Section):
     gauge: Literal["balanced", "paper"] = Field(
         "balanced", description="How the two factors share the scale of their product."
     )
-    whiten: Literal["both", "inputs"] = Field(
+    whiten: Literal["both", "inputs", "queries"] = Field(
         "both",
-        description="Weight errors by inputs and output gradients, or by inputs alone, as "
-        "compression by activations (SVD-LLM) does.",
+        description="Weight errors by inputs and output gradients; by inputs alone, as compression "
+        "by activations (SVD-LLM) does; or by output gradients and by how far inputs move along "
+        "the tasks' query gradients, which makes them errors of scores (passes: backward).",
     )
     objective: Literal["tracin", "influence"] = Field(
         "tracin", description="Weight errors by second moments, or by their inverses (appendix E)."
@@ -349,6 +361,15 @@ class ProxySection(Section):
     def _names_its_model(self) -> ProxySection:
         if self.kind == "model" and self.model is None:
             raise ValueError("kind model needs proxy.model: the name or folder of a smaller model")
+        return self
+
+    @model_validator(mode="after")
+    def _only_backward_factors_change_scores_alone(self) -> ProxySection:
+        if self.whiten == "queries" and (self.kind, self.passes) != ("ipsvd", "backward"):
+            raise ValueError(
+                "whiten queries needs kind ipsvd and passes: backward; factors in the forward pass "
+                "change more than what gradients pass through"
+            )
         return self
 
     @model_validator(mode="after")
@@ -841,6 +862,11 @@ class ReportSection(Section):
     """What the report shows. Nothing here changes a result."""
 
     examples: int = Field(10, ge=1, le=100, description="Best and worst examples shown per task.")
+    find: list[str] = Field(
+        default=[],
+        description="Categories of the pool that rankings are judged by how early they list, as "
+        "when unsafe examples are to be filtered out.",
+    )
 
 
 class SyntheticSection(Section):
