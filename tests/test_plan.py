@@ -49,6 +49,7 @@ AFTER_RANKING = ["selection", "finetune", "evaluation"]
 
 CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "encoder.alpha": ({"encoder": {"alpha": 1.0}}, []),
+    "prefilter.by": ({"prefilter": {"by": "bm25"}}, ["features", "ranking", *AFTER_RANKING]),
     "proxy.sparsity": ({"proxy": {"sparsity": 0.3}}, ["factors", "proxy", *AFTER_PROXY]),
     "proxy.rank_allocation": (
         {"proxy": {"rank_allocation": "global"}},
