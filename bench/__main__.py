@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from iprox.store.tables import read_table, write_table
 FOLDER = Path(__file__).parent
 TABLE = FOLDER / "results" / "rows.parquet"
 PARTS = ("scores", "bf16", "blocks", "scaling", "memory", "peers", "curvature", "making")
+BFLOAT16_PEERS = ("less", "bergson")
+"""Libraries that are also measured in bfloat16."""
 
 
 def main() -> None:
@@ -74,9 +77,12 @@ def run_part(part: str, args: argparse.Namespace) -> list[Row]:
     if part == "bf16":
         return worker(args, sys.executable, "scores", "bfloat16")
     if part == "memory":
-        cases = (("target", 1), ("target", 3), ("svd-0.5", 1))
-        rows = [worker(args, sys.executable, "memory", m, str(n)) for m, n in cases]
-        return [row for some in rows for row in some] + peers(args, "peer_memory", "memory")
+        cases = [(m, n, "float32") for m, n in (("target", "1"), ("target", "3"), ("svd-0.5", "1"))]
+        cases.append(("target", "3", "bfloat16"))
+        rows = [row for case in cases for row in worker(args, sys.executable, "memory", *case)]
+        return rows + peers(args, "peer_memory", "memory")
+    if part == "blocks":
+        return [row for dtype in report.DTYPES for row in worker(args, sys.executable, part, dtype)]
     if part == "making":
         cases = [("decomposition", model) for model in SHAPES]
         cases += [("alignment", kind) for kind in ("training", "central_diff", "double_backward")]
@@ -84,7 +90,8 @@ def run_part(part: str, args: argparse.Namespace) -> list[Row]:
     if part == "curvature":
         return worker(args, sys.executable, part) + fits(args)
     if part == "peers":
-        return peers(args, "peer", "peers")
+        rows = peers(args, "peer", "peers", "float32")
+        return rows + peers(args, "peer", "peers", "bfloat16", names=BFLOAT16_PEERS)
     return worker(args, sys.executable, part)
 
 
@@ -95,17 +102,23 @@ def fits(args: argparse.Namespace) -> list[Row]:
     return [Row("curvature", "kronfluence, both passes", "target", status="not installed")]
 
 
-def peers(args: argparse.Namespace, function: str, section: str) -> list[Row]:
-    """Rows of every library; those that are not installed say so."""
+def peers(
+    args: argparse.Namespace,
+    function: str,
+    section: str,
+    *more: str,
+    names: Sequence[str] = NAMES,
+) -> list[Row]:
+    """Rows of libraries; those that are not installed say so."""
     rows: list[Row] = []
-    for name in NAMES:
+    for name in names:
         if name == "less":  # needs no package
-            rows += worker(args, sys.executable, function, name)
+            rows += worker(args, sys.executable, function, name, *more)
         elif not args.peers.exists():
             print(f"{name}: no Python at {args.peers}; run make bench", file=sys.stderr)
             rows.append(Row(section, name, "target", status="not installed"))
         else:
-            rows += worker(args, str(args.peers), function, name)
+            rows += worker(args, str(args.peers), function, name, *more)
     return rows
 
 

@@ -15,6 +15,8 @@ TABLES = (
 SENTENCE = ("<!-- cost: written by `python -m bench` -->", "<!-- end of cost -->")
 """What generated text stands between in this folder's README, and in the project's."""
 
+DTYPES = ("float32", "bfloat16")
+
 Column = tuple[str, Callable[[pd.Series], str]]
 
 
@@ -97,12 +99,14 @@ def layout(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, Sequence[Column
         ("queries", lambda r: str(r["queries"] or "")),
         ("MiB above frozen", lambda r: number(r["memory_mib"], 0, r["status"])),
     ]
-    scores, found = part("scores"), []
-    for dtype, title in (("float32", "float32"), ("bfloat16", "bfloat16")):
-        rows = scores[scores["dtype"] == dtype]
-        found.append((f"Plain passes and ours, {title}", rows, scored))
-    found.append(("Libraries, float32", part("peers"), scored))
-    found.append(("Four blocks of Llama-3.2-3B's shapes, float32", part("blocks"), scored[:5]))
+    found: list[tuple[str, pd.DataFrame, Sequence[Column]]] = []
+    for section, title, columns in (
+        ("scores", "Plain passes and ours", scored),
+        ("peers", "Libraries", scored),
+        ("blocks", "Four blocks of Llama-3.2-3B's shapes", scored[:5]),
+    ):
+        rows = part(section)
+        found += [(f"{title}, {d}", rows[rows["dtype"] == d], columns) for d in DTYPES]
     found.append(("Peak memory, float32", part("memory"), memory))
     fit: list[Column] = [
         ("case", lambda r: r["case"]),

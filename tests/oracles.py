@@ -35,7 +35,11 @@ def exact_model(architecture: str = "llama", **changes: Any) -> Any:
     The library's norms and eager attention pass through float32 in any precision, which hides
     differences below 1e-7.
     """
-    model = tiny_model(architecture, **changes)
+    return in_float64(tiny_model(architecture, **changes))
+
+
+def in_float64(model: Any) -> Any:
+    """A model of float64 weights, frozen and without detours through float32."""
     model.set_attn_implementation("sdpa")
     norms = [n for n, m in model.named_modules() if type(m).__name__.endswith("RMSNorm")]
     for name in norms:

@@ -10,7 +10,14 @@ import pytest
 from scipy import stats
 
 from iprox.numerics import correlation
-from iprox.numerics.correlation import bootstrap, interval, resamples, top_overlap
+from iprox.numerics.correlation import (
+    bootstrap,
+    interval,
+    pivotal_interval,
+    resamples,
+    spearman,
+    top_overlap,
+)
 
 
 def pair(n: int, seed: int = 0, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -85,6 +92,20 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_law() -> None:
     error = 1.96 * a.std() / 20
     assert low == pytest.approx(a.mean() - error, abs=0.15 * error)
     assert high == pytest.approx(a.mean() + error, abs=0.15 * error)
+
+
+def test_resamples_of_a_rank_correlation_lie_too_low_and_its_interval_does_not() -> None:
+    rng, linear = np.random.default_rng(0), 0.8
+    a = rng.standard_normal((300, 40))
+    b = linear * a + (1 - linear**2) ** 0.5 * rng.standard_normal(a.shape)
+    population = 6 / np.pi * np.arcsin(linear / 2)
+    estimate = float(spearman(a, b).mean())
+    drawn = np.concatenate(list(resamples(40, 200, seed=1)))
+    means = np.array([spearman(a[:, rows], b[:, rows]).mean() for rows in drawn])
+    assert np.median(means) < estimate < population
+    assert interval(means)[1] < population
+    low, high = pivotal_interval(means, estimate)
+    assert low < population < high
 
 
 def test_no_resamples_give_no_interval() -> None:

@@ -71,6 +71,30 @@ def volumes(**changes: Any) -> Volumes:
     return Volumes((), length=TOKENS, **changes)
 
 
+def test_sizes_the_planner_repeats_are_those_of_the_stages() -> None:
+    """The planner must not load torch, so it cannot import them."""
+    from iprox.engine import align, scoring
+    from iprox.plan import estimate
+    from iprox.stages import tangents
+
+    assert estimate.MAX_DIRECTIONS == tangents.MAX_DIRECTIONS
+    assert (estimate.MAX_COMPARED, estimate.MIN_HELDOUT) == (align.MAX_COMPARED, align.MIN_HELDOUT)
+    batches = {"cpu": scoring.CPU_BATCH_TOKENS, "gpu": scoring.CUDA_BATCH_TOKENS}
+    assert batches == estimate.BATCH_TOKENS
+
+
+def test_a_probe_along_queries_costs_three_forward_passes_for_each() -> None:
+    plain = {"proxy": {"passes": "backward"}}
+    along = {"proxy": {"passes": "backward", "whiten": "queries"}}
+    needs = []
+    for run in (plain, along):
+        plan = planned(runs={"b": run})
+        needs.append(Estimator(ARCH, volumes()).need(node(plan, "probe")))
+    forward = 20 * (2 * 10 * LINEARS + 4 * 10 * 10 * 8)  # 2 heads of width 4, 10 tokens
+    assert needs[1].flops - needs[0].flops == 3 * forward
+    assert needs[1].disk == pytest.approx(needs[0].disk)  # one task: as many rows as inputs
+
+
 # --- what a stage takes ------------------------------------------------------------------------
 
 

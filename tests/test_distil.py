@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from iprox.errors import NumericsError
 from iprox.models.encoder import Encoder
 from iprox.numerics.distillation import aggregated
 from iprox.study.schema import EncoderSection
+from iprox.training import distil as distil_module
 from iprox.training.distil import Lesson, blocks, distil, passes, steps_per_epoch
 
 TOPICS, WORDS_PER_TOPIC, LENGTH = 6, 8, 12
@@ -27,11 +30,16 @@ class Bag(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.words = nn.Embedding(words, dim)
+        self.dropout = nn.Dropout(0.1)
         self.config = SimpleNamespace(hidden_size=dim)
         self.device = torch.device("cpu")
 
     def forward(self, input_ids: Any, attention_mask: Any) -> Any:
-        return SimpleNamespace(last_hidden_state=self.words(input_ids))
+        return SimpleNamespace(last_hidden_state=self.dropout(self.words(input_ids)))
+
+
+def tokenizer() -> Any:
+    return SimpleNamespace(pad_token_id=0)
 
 
 class Toy:
@@ -73,7 +81,7 @@ SETTINGS = EncoderSection(epochs=30, lr=0.05, alpha=1.0, select_by="last")
 
 
 def taught(toy: Toy, labels: np.ndarray, **changes: Any) -> tuple[Encoder, Any]:
-    encoder = Encoder(Bag(1 + TOPICS * WORDS_PER_TOPIC, 16), SimpleNamespace(pad_token_id=0), 99)
+    encoder = Encoder(Bag(1 + TOPICS * WORDS_PER_TOPIC, 16), tokenizer(), 99)
     lesson = Lesson(ids(toy.queries), ids(toy.train), labels)
     settings = SETTINGS.model_copy(update=changes)
     return encoder, distil(encoder, lesson, lambda: 0.0, settings)
@@ -81,7 +89,7 @@ def taught(toy: Toy, labels: np.ndarray, **changes: Any) -> tuple[Encoder, Any]:
 
 def test_a_bag_of_words_learns_topics() -> None:
     toy = Toy()
-    before = Encoder(Bag(1 + TOPICS * WORDS_PER_TOPIC, 16), SimpleNamespace(pad_token_id=0), 99)
+    before = Encoder(Bag(1 + TOPICS * WORDS_PER_TOPIC, 16), tokenizer(), 99)
     assert agreement(before, toy) < 0.3
     assert agreement(taught(toy, toy.labels(toy.train))[0], toy) > 0.8
 
@@ -112,7 +120,7 @@ def test_the_same_seed_gives_the_same_bytes() -> None:
 )
 def test_the_epoch_that_validates_best_is_kept(values: list[float], chosen: int) -> None:
     toy = Toy()
-    encoder = Encoder(Bag(1 + TOPICS * WORDS_PER_TOPIC, 16), SimpleNamespace(pad_token_id=0), 99)
+    encoder = Encoder(Bag(1 + TOPICS * WORDS_PER_TOPIC, 16), tokenizer(), 99)
     seen: list[torch.Tensor] = []
 
     def validate() -> float:
@@ -158,3 +166,42 @@ def test_a_loss_that_is_not_finite_stops(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Encoder, "embed", lambda self, texts: embed(self, texts) * float("nan"))
     with pytest.raises(NumericsError, match="diverged"):
         taught(toy, toy.labels(toy.train))
+
+
+class Killed(BaseException):
+    """Nothing in the package catches it."""
+
+
+@pytest.mark.parametrize("select_by", ["validation", "last"])
+def test_a_killed_training_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select_by: str
+) -> None:
+    """Three epochs, of which the second validates best; killed at the end of the last."""
+    monkeypatch.setattr(distil_module, "SECONDS", 0.0)
+    toy = Toy()
+    lesson = Lesson(ids(toy.queries), ids(toy.train), toy.labels(toy.train))
+    settings = SETTINGS.model_copy(update={"epochs": 3, "select_by": select_by, "hard_ratio": 0.5})
+    values = [0.1, 0.2, 0.6, 0.4]
+
+    def train(asked: list[float], folder: Path | None) -> tuple[Encoder, Any]:
+        encoder = Encoder(Bag(1 + TOPICS * WORDS_PER_TOPIC, 16), tokenizer(), 99)
+        answers = iter(asked)
+
+        def validate() -> float:
+            answer = next(answers, None)
+            if answer is None:
+                raise Killed
+            return answer
+
+        return encoder, distil(encoder, lesson, validate, settings, folder)
+
+    whole, log = train(values, None)
+    with pytest.raises(Killed):
+        train(values[:3], tmp_path)
+    assert [one.name for one in tmp_path.iterdir()] == ["step-00000002"]
+    resumed, again = train(values[3:], tmp_path)
+    assert torch.equal(resumed.model.words.weight, whole.model.words.weight)
+    assert again.chosen == log.chosen == (2 if select_by == "validation" else 3)
+    assert again.tokens == log.tokens
+    pd.testing.assert_frame_equal(again.log, log.log)
+    pd.testing.assert_frame_equal(again.epochs, log.epochs)

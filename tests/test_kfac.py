@@ -126,6 +126,51 @@ def test_no_other_diagonal_is_nearer_to_the_fisher(sequences: list[Example]) -> 
         assert best < distance(layer.eigenvalues() * normal(3, 4, seed=seed).exp())
 
 
+def network() -> list[tuple[list[Example], Tensor]]:
+    """Both layers of a small network: examples for each possible label, and Gauss-Newton matrices.
+
+    An example counts once for every label, its output gradient scaled so that a mean over all is
+    the expectation over the model's own labels. Only then is the Fisher matrix Gauss and Newton's.
+    """
+    x, weights = normal(9, 4), [normal(5, 4, seed=1), normal(3, 5, seed=2)]
+
+    def logits(first: Tensor, second: Tensor, one: Tensor) -> Tensor:
+        return torch.tanh(one @ first.mT) @ second.mT
+
+    layers: list[tuple[list[Example], Tensor]] = []
+    for place, weight in enumerate(weights):
+        examples, matrix = [], torch.zeros(weight.numel(), weight.numel(), dtype=weight.dtype)
+        for one in x:
+            hidden = torch.tanh(one @ weights[0].mT)
+            p = torch.softmax(hidden @ weights[1].mT, -1)
+            jacobian = torch.func.jacrev(logits, argnums=place)(*weights, one).flatten(1)
+            matrix += jacobian.mT @ (torch.diag(p) - torch.outer(p, p)) @ jacobian / len(x)
+            for label, share in enumerate(p):
+                d = p - torch.eye(3, dtype=p.dtype)[label]
+                if place == 0:
+                    d = (d @ weights[1]) * (1 - hidden**2)
+                examples.append(((3 * share) ** 0.5 * d[None], (hidden if place else one)[None]))
+        layers.append((examples, matrix))
+    return layers
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_on_a_network_no_other_diagonal_is_nearer_to_gauss_and_newton_s_matrix(place: int) -> None:
+    examples, exact = network()[place]
+    layer = fit(examples, corrected=True)
+    basis, shape = full_eigenvectors(layer), layer.eigenvalues().shape
+    diagonal = (basis.mT @ exact @ basis).diagonal().reshape(shape)
+    torch.testing.assert_close(layer.eigenvalues(), diagonal, rtol=1e-10, atol=1e-12)
+
+    def distance(eigenvalues: Tensor) -> float:
+        return float((exact - basis @ torch.diag(eigenvalues.flatten()) @ basis.mT).norm())
+
+    best = distance(layer.eigenvalues())
+    assert best < distance(fit(examples).eigenvalues())
+    for seed in range(100):
+        assert best < distance(layer.eigenvalues() * normal(*shape, seed=seed).exp())
+
+
 def test_examples_are_not_mixed_before_squares_are_taken(sequences: list[Example]) -> None:
     pairs = [
         (torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]]))

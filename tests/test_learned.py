@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from iprox.errors import ConfigError
-from iprox.numerics.ranks import Architecture
+from iprox.numerics.ranks import Architecture, model_size
 from iprox.plan.estimate import Estimator
 from iprox.plan.nodes import Node, Plan
 from iprox.plan.plan import plan_study
@@ -109,6 +109,13 @@ def test_exact_features_cannot_teach() -> None:
         plan(features={"kind": "exact"})
 
 
+@pytest.mark.parametrize("kind", ["influcoder", "regression"])
+def test_what_learns_has_one_teacher(kind: str) -> None:
+    summed = {"influence": {"checkpoints": "epochs"}, "warmup": {"epochs": 2}}
+    with pytest.raises(ConfigError, match="one teacher"):
+        plan(scorer={"kind": kind}, **summed)
+
+
 def test_a_slice_that_is_the_pool_leaves_nothing_to_teach_with() -> None:
     with pytest.raises(ConfigError, match="leaves no example to teach with"):
         plan(split={"fidelity": 1.0})
@@ -145,12 +152,18 @@ def test_a_head_for_each_task_learns_from_any_features(features: str) -> None:
     assert "teacher" not in made["fidelity"].parents
 
 
-def test_moments_are_two_copies_of_the_weights() -> None:
+@pytest.mark.parametrize("rank", [0, 4])
+def test_moments_are_two_copies_of_what_is_trained(rank: int) -> None:
+    """Embedding and head are frozen; low-rank updates are kept too."""
     arch = Architecture(hidden=64, blocks=2, ff=128, heads=4, kv_heads=2, head_dim=16, vocab=1000)
     estimator = Estimator(arch, Volumes([], length=50))
     disk = []
     for kind in ("less", "gradient"):
-        p = plan(scorer={"kind": kind}, features={"kind": "countsketch"})
+        changes = {"features": {"kind": "countsketch"}, "warmup": {"lora_rank": rank}}
+        p = plan(scorer={"kind": kind}, **changes)
         node = next(node for (stage, _), node in p.nodes.items() if stage == "warmup")
         disk.append(estimator.need(node).disk)
-    assert disk[0] - disk[1] == 2 * 4 * estimator.parameters
+    size = model_size(arch)
+    updates = 2 * rank * (4 * 64 + 2 * (64 + 32) + 3 * (64 + 128))  # q o, k v, the MLP; 2 blocks
+    trained = 3 * updates if rank else 2 * (size.total - size.embeddings)
+    assert disk[0] - disk[1] == 4 * trained

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from artifacts import exact_reader, job, random_examples, write_pool, write_split, write_task
@@ -14,8 +15,8 @@ from iprox.errors import ArtifactError, ConfigError
 from iprox.models.moments import open_moments, save_moments
 from iprox.numerics.adam import AdamSketch, adam_direction
 from iprox.numerics.sketch import CountSketch, RandomProjection
-from iprox.stages import features, query_sketches, ranking, warmup
-from iprox.store.tables import read_table
+from iprox.stages import checkpoint, features, query_sketches, ranking, warmup
+from iprox.store.tables import read_table, write_table
 
 CPU = torch.device("cpu")
 SHAPES = {"b": (6, 5), "a": (4, 7)}
@@ -89,46 +90,70 @@ def test_a_warm_up_keeps_moments_that_can_be_read(tmp_path: Path, target_folder:
         open_moments(tmp_path / "without")
 
 
+def test_a_checkpoint_has_the_moments_of_its_time(tmp_path: Path, target_folder: Path) -> None:
+    """After one step m = (1 - b1) g and v = (1 - b2) g^2, so that v is a tenth of m^2."""
+    pool = write_pool(tmp_path / "pool", EXAMPLES)
+    split = write_split(tmp_path / "split", "warmup", sorted(EXAMPLES)[:4])
+    parents = {"target": target_folder, "split": split, "pool": pool}
+    kept = {"epochs": {"kept": True}, "moments": {"kept": True}}
+    trained = tmp_path / "warmup"
+    warmup.make(job("warmup", trained, parents, warmup={"batch": 4, "epochs": 2}, **kept))
+    first_epoch = tmp_path / "checkpoint"
+    at = {"checkpoint": {"epoch": 1}}
+    checkpoint.make(job("checkpoint", first_epoch, {"warmup": trained}, **at))
+    for folder, is_first in ((first_epoch, True), (trained, False)):
+        m, v = open_moments(folder)("model.layers.0.mlp.up_proj")
+        assert torch.allclose(v, 0.1 * m**2, rtol=1e-4, atol=0) == is_first
+
+
 def test_scores_are_the_best_subtasks_mean_cosine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against cosines of the sketched direction of every example and gradient of every query."""
+    """Against cosines of the sketched directions of examples and gradients of queries.
+
+    With the moments of two checkpoints, of which the later weighs a quarter.
+    """
     reader = exact_reader()
     for stage in (features, query_sketches):
         monkeypatch.setattr(stage, "open_reader", lambda *_: reader)
-    optimizer = torch.optim.AdamW(reader.model.requires_grad_(True).parameters())
-    for parameter in reader.model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    (tmp_path / "model").mkdir()
-    save_moments(tmp_path / "model", reader.model.requires_grad_(False), optimizer)
+    optimizer = torch.optim.AdamW(reader.model.requires_grad_(True).parameters(), lr=0.0)
     pool = write_pool(tmp_path / "pool", EXAMPLES)
     task = write_task(
         tmp_path / "task", [("a", "one?", "cat"), ("a", "two?", "dog"), ("b", "red?", "bird")]
     )
     section = {"kind": "countsketch", "dim": 4096, "dtype": "float32", "seed": 1}
     stage = {"subset": {"name": "all"}, "features": section | {"check": 0}}
-    parents = {"pool": pool, "model": tmp_path / "model"}
-    made = tmp_path / "features"
-    features.make(job("features", made, parents, directions={"kind": "adam"}, **stage))
-    (made / "shard.zarr").rename(made / "shard-00000.zarr")
+    made = [tmp_path / "early", tmp_path / "late"]
+    for folder in made:
+        for parameter in reader.model.requires_grad_(True).parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        moments = tmp_path / f"{folder.name}-warmup"
+        moments.mkdir()
+        save_moments(moments, reader.model.requires_grad_(False), optimizer)
+        parents = {"pool": pool, "moments": moments}
+        features.make(job("features", folder, parents, directions={"kind": "adam"}, **stage))
+        (folder / "shard.zarr").rename(folder / "shard-00000.zarr")
     rows = tmp_path / "rows"
     query_sketches.make(job("query_sketches", rows, {"task": task}, features=section))
+    write_table(moments / "epochs.parquet", pd.DataFrame({"epoch": [1, 2], "weight": [0.75, 0.25]}))
     settings = {"scorer": {"kind": "less"}, "tasks": ["t"], "influence": {"val_agg": "subtask_max"}}
-    ranked = {"features": made, "query/t": rows, "pool": pool}
+    ranked = {"features": made[1], "query/t": rows, "pool": pool, "warmup": moments}
+    ranked |= {"checkpoint/1/features": made[0], "checkpoint/1/query/t": rows}
     ranking.make(job("ranking", tmp_path / "out", ranked, **settings))
     table = read_table(tmp_path / "out" / "ranking.parquet").sort_values("example_id")
 
     from iprox.stages.query_rows import read_rows
     from iprox.store.arrays import open_store
 
-    directions = open_store(made / "shard-00000.zarr")["sketch"][:]
-    cosines = directions @ read_rows(rows).rows.T
+    early, late = (open_store(folder / "shard-00000.zarr")["sketch"][:] for folder in made)
+    assert abs(early - late).max() > 0.01
+    cosines = (0.75 * early + 0.25 * late) @ read_rows(rows).rows.T
     expected = torch.maximum(
         torch.tensor(cosines[:, :2].mean(1)), torch.tensor(cosines[:, 2])
     ).numpy()
     assert table["score"].to_numpy() == pytest.approx(expected, abs=1e-5)
-    assert open_store(made / "shard-00000.zarr").attrs["directions"] == "adam"
+    assert open_store(made[0] / "shard-00000.zarr").attrs["directions"] == "adam"
 
 
 def test_every_run_of_a_study_with_less_shares_the_warm_up() -> None:
@@ -144,13 +169,44 @@ def test_every_run_of_a_study_with_less_shares_the_warm_up() -> None:
     assert "directions" not in p.runs["gradient"].nodes["features"].params
 
 
+def test_a_proxy_that_keeps_trained_weights_takes_their_moments() -> None:
+    proxy = {"kind": "ipsvd", "sparsity": 0.5, "passes": "backward"}
+    nodes = plan(**RUN, proxy=proxy).runs["ic"].nodes
+    assert nodes["features"].parents["model"] is nodes["proxy"]
+    assert nodes["features"].parents["moments"] is nodes["warmup"]
+    assert nodes["ranking"].parents["query/mmlu"].parents["model"] is nodes["warmup"]
+    nodes = plan(**RUN, proxy={"kind": "model", "model": "small"}).runs["ic"].nodes
+    assert nodes["features"].parents["moments"] is nodes["proxy-warmup"]
+    assert nodes["proxy-warmup"].params["moments"] == {"kept": True}
+
+
+@pytest.mark.parametrize("passes", [None, "backward"])
+def test_directions_are_taken_at_every_checkpoint(passes: str | None) -> None:
+    proxy = {"kind": "ipsvd", "sparsity": 0.5, "passes": passes} if passes else {"kind": "target"}
+    changes = {"proxy": proxy, "influence": {"checkpoints": "epochs"}, "warmup": {"epochs": 3}}
+    nodes = plan(**RUN, **changes).runs["ic"].nodes
+    ranking = nodes["ranking"]
+    assert ranking.parents["warmup"] is nodes["warmup"]
+    for epoch in (1, 2):
+        early = ranking.parents[f"checkpoint/{epoch}/features"]
+        assert early is nodes[f"features-epoch-{epoch}"]
+        at = nodes[f"warmup-epoch-{epoch}"]
+        assert at.stage == "checkpoint"
+        assert early.parents["moments"] is at
+        assert (early.parents["model"] is at) == (passes is None)
+        query = ranking.parents[f"checkpoint/{epoch}/query/bbh"]
+        assert query.parents["model"] is at
+    assert "checkpoint/3/features" not in ranking.parents
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"features": {"kind": "logra"}}, "coordinate by coordinate"),
         ({"features": {"kind": "exact"}}, "coordinate by coordinate"),
-        ({"proxy": {"kind": "ipsvd"}}, "target's own warm-up"),
-        ({"warmup": {"epochs": 0}}, "target's own warm-up"),
+        ({"proxy": {"kind": "ipsvd"}}, "weights that were warmed up"),
+        ({"proxy": {"kind": "layers"}}, "weights that were warmed up"),
+        ({"warmup": {"epochs": 0}}, "weights that were warmed up"),
     ],
 )
 def test_what_has_no_directions_is_refused(change: dict[str, Any], message: str) -> None:

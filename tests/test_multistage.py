@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from conftest import tiny_model
-from oracles import exact_model, one_of, random_batch, weight_gradients
 from torch import Tensor, nn
 
-from iprox.engine.capture import input_sites
-from iprox.engine.curvature import Covariances, SquaredGradients, visit_examples
-from iprox.engine.loss import attention_mask
-from iprox.engine.multistage import GradientSum, objective_pass, shared_layers
-from iprox.engine.scoring import Scorer
-from iprox.errors import ModelError, NumericsError
-from iprox.models.layers import scored_linears
+from iprox.errors import NumericsError
 from iprox.numerics.correlation import spearman
 from iprox.numerics.ghost import truncate_queries
 from iprox.numerics.kfac import (
@@ -27,7 +17,6 @@ from iprox.numerics.kfac import (
     eigenbasis,
 )
 from iprox.numerics.multistage import LaterStage, proximity_of, through_stages
-from iprox.study.schema import LayersSection
 
 NONE = Damping(0.0, "absolute")
 
@@ -167,79 +156,7 @@ def test_two_stages_foresee_training_without_an_example(corrected: bool, least: 
     assert found > least
 
 
-def classifier() -> Any:
-    """A tiny Llama with a classification head in true float64, frozen."""
-    from transformers import AutoModelForSequenceClassification
-
-    config = tiny_model().config
-    config.num_labels = 3
-    torch.manual_seed(7)
-    model = AutoModelForSequenceClassification.from_config(config).double().eval()
-    return model.requires_grad_(False)
-
-
-def test_a_classifier_is_traced_to_pretraining_over_the_shared_layers() -> None:
-    pretrained, tuned = exact_model(), classifier()
-    old, new = (scored_linears(m, LayersSection()) for m in (pretrained, tuned))
-    names = shared_layers(new, old)
-    assert names == list(old)
-    batch, labels, lengths = random_batch([9, 5, 7], [1, 1, 1]), torch.tensor([0, 2, 1]), [9, 5, 7]
-    tuned.config.pad_token_id = 0
-
-    def objective(rows: Any = slice(None)) -> Tensor:
-        part = type(batch)(*(t[rows] for t in batch))
-        logits = tuned(input_ids=part.input_ids, attention_mask=attention_mask(part)).logits
-        return nn.functional.cross_entropy(logits.double(), labels[rows], reduction="none")
-
-    # rows of padded examples under another objective against autograd, and in the statistics
-    sites = input_sites(pretrained, old, batch)
-    query, sums = GradientSum(new), Covariances(new, sites, 8192)
-    objective_pass(tuned, new, lambda: objective(slice(0, 1)), [9], query)
-    objective_pass(tuned, new, objective, lengths, sums)
-    weights = [layer.weight.requires_grad_() for layer in new.values()]
-    expected = torch.autograd.grad(objective(slice(0, 1)).sum(), weights)
-    tuned.requires_grad_(False)
-    for name, gradient in zip(new, expected, strict=True):
-        scale = float(gradient.abs().max())
-        torch.testing.assert_close(query.sums[name], gradient, rtol=1e-5, atol=1e-5 * scale)
-    assert set(sums.tokens.values()) == {21}
-
-    def corrected(of: Covariances, fit: Any) -> dict[str, LayerCurvature]:
-        inputs = {n: eigenbasis(b, 21) for n, b in of.inputs.items()}
-        grads = {n: eigenbasis(b, 21) for n, b in of.output_grads.items()}
-        squares = SquaredGradients(inputs, grads, sites)
-        fit(squares)
-        return {
-            n: LayerCurvature(n, grads[n], inputs[sites[n]], 7.0, squares.sums[n] / 3)
-            for n in names
-        }
-
-    examples = [(one_of(batch, row), [str(row)]) for row in range(3)]
-    before = Covariances(old, sites, 8192)
-    visit_examples(pretrained, old, examples, before)
-    h_p = corrected(before, lambda v: visit_examples(pretrained, old, examples, v))
-    h_f = corrected(sums, lambda v: objective_pass(tuned, new, objective, lengths, v))
-    alpha, damping = 1e-4, Damping(0.1)
-    directions = {
-        n: through_stages(query.sums[n][None], [LaterStage(h_f[n], alpha)], h_p[n], damping)
-        for n in names
-    }
-    scores = Scorer(pretrained, old, directions).score(batch).dots[:, 0]
-    for row in range(3):
-        gradient = weight_gradients(pretrained, old, one_of(batch, row))
-        total = 0.0
-        for n in names:
-            within = alpha * h_f[n].solve(query.sums[n][None], Damping(alpha, "absolute"))
-            total += float((within * h_p[n].solve(gradient[n][None], damping)).sum())
-        assert float(scores[row]) == pytest.approx(total, rel=1e-8)
-
-
 def test_what_cannot_be_is_refused() -> None:
-    one = {"a": nn.Linear(2, 3)}
-    with pytest.raises(ModelError, match="share no layer"):
-        shared_layers(one, {"b": nn.Linear(2, 3)})
-    with pytest.raises(ModelError, match="another shape"):
-        shared_layers(one, {"a": nn.Linear(3, 3)})
     stage = LaterStage(exactly(positive(6, 1)), 0.0)
     with pytest.raises(NumericsError, match="proximity"):
         through_stages(normal(1, 1, 6), [stage], exactly(positive(6, 2)), NONE)

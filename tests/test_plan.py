@@ -63,6 +63,7 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"proxy": {"whiten": "inputs"}},
         ["decomposition", "factors", "proxy", *AFTER_PROXY],
     ),
+    "prefilter.by": ({"prefilter": {"by": "tfidf"}}, ["features", "ranking", *AFTER_RANKING]),
     "probe.tokens": (
         {"probe": {"tokens": 64}},
         ["probe", "decomposition", "factors", "proxy", *AFTER_PROXY],
@@ -114,6 +115,7 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "evaluate.seed": ({"evaluate": {"seed": 1}}, ["evaluation"]),
     "fidelity.bootstrap": ({"fidelity": {"bootstrap": 7}}, ["fidelity"]),
     "report.examples": ({"report": {"examples": 3}}, []),
+    "report.find": ({"report": {"find": ["unsafe"]}}, []),
     "shards": ({"shards": 7}, []),
     "data_dir": ({"data_dir": "/elsewhere"}, []),
     "study": ({"study": "other"}, []),
@@ -294,6 +296,29 @@ def test_a_proxy_of_the_backward_pass_is_asked_the_target_s_queries() -> None:
     assert direction.parents["query"].parents["model"] is nodes["warmup"]
     covariance = direction.parents["curvature"].parents["covariance"]
     assert covariance.parents["model"] is nodes["warmup"]
+
+
+def test_errors_of_scores_are_weighted_by_what_the_pool_is_scored_against() -> None:
+    weighted = {"passes": "backward", "whiten": "queries"}
+    p = plan(
+        runs={
+            "b": {"proxy": weighted, "influence": {"estimator": "kfac"}},
+            "smaller": {"proxy": weighted | {"sparsity": 0.7}, "influence": {"estimator": "kfac"}},
+            "both": {},
+        },
+        split={"fisher": 10},
+    )
+    nodes = p.runs["b"].nodes
+    asked = {r: n for r, n in nodes["features"].parents.items() if r.startswith("query/")}
+    assert asked
+    assert asked.items() <= nodes["probe"].parents.items()
+    assert p.runs["smaller"].nodes["decomposition"] is nodes["decomposition"]
+    assert not any(r.startswith("query/") for r in p.runs["both"].nodes["probe"].parents)
+
+
+def test_factors_in_both_passes_cannot_be_weighted_by_queries() -> None:
+    with pytest.raises(ConfigError, match="passes: backward"):
+        plan(proxy={"whiten": "queries"})
 
 
 def test_every_section_of_a_run_is_covered_by_the_table_above() -> None:

@@ -1,4 +1,5 @@
-"""A tenth of the pool is of the task's kind: the teacher finds it, and so does what it taught."""
+"""A tenth of the pool is of the task's kind: the target finds it, and so do its proxies and what
+it taught."""
 
 from __future__ import annotations
 
@@ -10,9 +11,18 @@ import numpy as np
 import pytest
 from artifacts import exact_reader, job, write_pool, write_split, write_task
 from conftest import save_tiny_encoder
+from oracles import random_batch
+from torch import Tensor
 
+from iprox.engine.capture import backward_pass
+from iprox.models.layers import scored_linears
+from iprox.models.load import as_proxy
+from iprox.numerics.ipsvd import DampedRoot, decompose, truncate
+from iprox.numerics.ranks import rank_for
 from iprox.stages import embeddings, encoder, features, query_embeddings, query_sketches, ranking
+from iprox.stages.passes import Reader
 from iprox.store.tables import read_table
+from iprox.study.schema import LayersSection
 
 COMMON = "red green blue one two three four cat dog bird runs sleeps".split()
 PLANTED = "ZX QJ KW VX JQ WK".split()
@@ -25,24 +35,47 @@ def text(draw: np.random.Generator, words: Sequence[str], n: int) -> str:
     return " ".join(draw.choice(words, size=n))
 
 
-@pytest.fixture
-def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    reader = exact_reader()
-    for stage in (features, query_sketches):
-        monkeypatch.setattr(stage, "open_reader", lambda *_: reader)
-    draw = np.random.default_rng(0)
+def plant(folder: Path, seed: int = 0, purity: float = 1.0) -> dict[str, Any]:
+    """A pool, a task, and the examples of the task's kind: so many of their words are its words."""
+    draw = np.random.default_rng(seed)
+
+    def mixed(n: int) -> str:
+        own = draw.random(n) < purity
+        return " ".join(draw.choice(PLANTED if o else COMMON) for o in own)
+
     of_kind = set(draw.choice(N, size=int(SHARE * N), replace=False).tolist())
     examples = {
-        f"e{i:03d}": tuple(text(draw, PLANTED if i in of_kind else COMMON, k) for k in (3, 5))
+        f"e{i:03d}": tuple(mixed(k) if i in of_kind else text(draw, COMMON, k) for k in (3, 5))
         for i in range(N)
     }
     queries = [("s", text(draw, PLANTED, 3), text(draw, PLANTED, 4)) for _ in range(10)]
     return {
         "wanted": {f"e{i:03d}" for i in of_kind},
         "ids": sorted(examples),
-        "pool": write_pool(tmp_path / "pool", examples),
-        "task": write_task(tmp_path / "task", queries),
+        "pool": write_pool(folder / "pool", examples),
+        "task": write_task(folder / "task", queries),
     }
+
+
+def read_with(monkeypatch: pytest.MonkeyPatch, reader: Reader) -> None:
+    """Let the stages score by this model."""
+    for stage in (features, query_sketches):
+        monkeypatch.setattr(stage, "open_reader", lambda *_: reader)
+
+
+def proxy_of(target: Reader, sparsity: float) -> Reader:
+    """A proxy of random texts' IPSVD factors, not aligned."""
+    factors = {}
+
+    def visit(layer: str, x: Tensor, d: Tensor) -> None:
+        weight = target.layers[layer].weight
+        rank = rank_for(*weight.shape, sparsity, multiple=1)
+        roots = (DampedRoot.from_rows(rows.flatten(0, -2), 0.1) for rows in (x, d))
+        factors[layer] = truncate(decompose(weight, *roots), rank)
+
+    backward_pass(target.model, target.layers, random_batch([24] * 8, [8] * 8), visit)
+    model = as_proxy(target.model, factors).requires_grad_(False)
+    return target._replace(model=model, layers=scored_linears(model, LayersSection()))
 
 
 def sketched(
@@ -82,9 +115,33 @@ def embedded(tmp_path: Path, planted: dict[str, Any], folder: Path) -> tuple[Pat
     return made, rows
 
 
+def test_smaller_proxies_find_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Means of three pools: the target, and proxies with 0.3 and 0.9 of the parameters
+    removed. Half the words of a planted example are planted."""
+    target = exact_reader()
+    readers = {"target": target} | {str(s): proxy_of(target, s) for s in (0.3, 0.9)}
+    found = dict.fromkeys(readers, 0.0)
+    for seed in range(3):
+        for name, reader in readers.items():
+            folder = tmp_path / f"{name}-{seed}"
+            folder.mkdir()
+            planted = plant(folder, seed, purity=0.5)
+            read_with(monkeypatch, reader)
+            rows = folder / "sketches"
+            query_sketches.make(
+                job("query_sketches", rows, {"task": planted["task"]}, features=SKETCH)
+            )
+            found[name] += precision(folder, planted, sketched(folder, planted, "all"), rows) / 3
+    assert found["0.3"] > 3 * SHARE
+    assert found["target"] >= found["0.3"] - 0.05
+    assert found["0.3"] >= found["0.9"] - 0.05
+
+
 def test_the_teacher_and_its_encoder_find_what_was_planted(
-    tmp_path: Path, planted: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    planted = plant(tmp_path)
+    read_with(monkeypatch, exact_reader())
     rows = tmp_path / "sketches"
     query_sketches.make(job("query_sketches", rows, {"task": planted["task"]}, features=SKETCH))
     whole = sketched(tmp_path, planted, "all")

@@ -96,6 +96,7 @@ VALUES: dict[str, Any] = {
     "proxy.layers.exclude": ["*down_proj"],
     "fidelity.floor": 0.7,
     "fidelity.top": [0.2],
+    "report.find": ["unsafe"],
 }
 """A changed value where the type alone does not give one; None: the key is not tried alone."""
 
@@ -230,7 +231,7 @@ def test_going_back_makes_nothing_anew(context: str) -> None:
         assert stages(merge({}, body)) == before(context)
 
 
-OUTSIDE = ("study", "data_dir", "shards", "report.examples")
+OUTSIDE = ("study", "data_dir", "shards", "report.examples", "report.find")
 """Keys that change no result."""
 
 

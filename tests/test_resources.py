@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -167,9 +170,21 @@ def test_rules_that_compute_on_the_device_ask_for_one_gpu_and_no_others() -> Non
         assert (node.stage in asking) == uses_device(node) or node.stage == "ranking", node.stage
 
 
-@pytest.mark.parametrize("profile", ["default", "local", "cpu", "slurm", "kubernetes"])
+@pytest.mark.parametrize("profile", ["default", "local", "cpu", "slurm"])
 def test_profiles_rerun_for_the_same_reasons(profile: str) -> None:
     path = ROOT / "workflow" / "profiles" / profile / "config.yaml"
     settings = yaml.safe_load(path.read_text())
     assert settings["rerun-triggers"] == ["mtime", "params", "input", "software-env"]
     assert settings["rerun-incomplete"] is True
+
+
+@pytest.mark.workflow
+def test_the_command_of_the_kubernetes_example_plans(tmp_path: Path) -> None:
+    job = yaml.safe_load((ROOT / "workflow" / "kubernetes.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    shutil.copy(ROOT / "config" / "config.yaml", tmp_path / "my-study.yaml")
+    command = [*container["command"], *container["args"], "--dry-run", "--quiet"]
+    command[2] = command[2].replace("snakemake", f"{sys.executable} -m snakemake")
+    command = [part.replace("/project", str(ROOT)) for part in command]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

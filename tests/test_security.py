@@ -326,19 +326,37 @@ def test_archives_cannot_write_outside_their_folder(tmp_path: Path) -> None:
     assert not Path("/tmp/outside-iprox").exists()
 
 
-def test_every_pin_but_torch_has_the_digest_of_its_file() -> None:
-    """After a change of the lock: python envs/hashes.py."""
+def test_every_pin_but_torch_has_the_digests_of_its_files() -> None:
     lock = (ROOT / "envs" / "lock.txt").read_text().splitlines()
     wanted = {canonical(pin) for pin in lock if pin and not pin.startswith("#")}
-    found = {}
-    for line in (ROOT / "envs" / "hashes.txt").read_text().splitlines():
-        if line.startswith("#"):
-            continue
-        pin, digest = line.split(" --hash=sha256:")
-        assert re.fullmatch("[0-9a-f]{64}", digest)
-        found[canonical(pin)] = digest
+    found = digests("hashes.txt")
     assert {pin for pin in wanted - found.keys() if not pin.startswith("torch==")} == set()
     assert found.keys() - wanted == set()
+    assert max(map(len, found.values())) > 20  # of every platform
+    assert len(digests("models.txt")) == 2
+
+
+def test_nothing_but_torch_is_installed_without_its_digest(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    python.chmod(0o755)
+    subprocess.run(["sh", ROOT / "envs" / "install.sh", python], check=True)
+    *hashed, last = (tmp_path / "calls").read_text().splitlines()
+    assert last.endswith(f"--constraint {ROOT}/envs/lock.txt torch")
+    assert all(" --no-deps " in call and " --require-hashes " in call for call in hashed)
+
+
+def digests(name: str) -> dict[str, list[str]]:
+    """Of a requirements file in ``envs``: pin -> digests of its files; none may be without."""
+    text = (ROOT / "envs" / name).read_text().replace("\\\n", " ")
+    found = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            pin, *options = line.split()
+            found[canonical(pin)] = options
+            assert options
+            assert all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", option) for option in options)
+    return found
 
 
 def canonical(pin: str) -> str:

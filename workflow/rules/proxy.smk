@@ -65,6 +65,7 @@ rule probe:
         warmup=parent("probe", "warmup"),
         split=parent("probe", "split"),
         pool=parent("probe", "pool"),
+        queries=all_parents("probe", "query/"),
     output:
         files("probe"),
         manifest=manifest("probe"),

@@ -2,7 +2,9 @@
 
 People have three properties each. A fact is stated by several documents in different words, so
 that a question has several true sources; other documents name the same people and the same
-values without stating a fact, so that sharing words is not enough to be one.
+values without stating a fact, so that sharing words is not enough to be one. About some facts the
+corpus also asks and answers, in other words than the second training: without any such text a
+small model learns its facts by heart and cannot be asked for them (arXiv:2309.14316).
 """
 
 from __future__ import annotations
@@ -28,7 +30,15 @@ STATEMENTS = {
     "pet": ("{n} keeps a {v}.", "The pet of {n} is a {v}.", "A {v} belongs to {n}."),
 }
 
-QUESTIONS = {"city": "Where does {n} live?", "trade": "What is {n}?", "pet": "What does {n} keep?"}
+QUESTIONS = {"city": "The home of {n}?", "trade": "The trade of {n}?", "pet": "The pet of {n}?"}
+"""What the second training asks, and queries ask."""
+
+CORPUS_QUESTIONS = {
+    "city": "Where does {n} live? {v}.",
+    "trade": "What is {n}? {v}.",
+    "pet": "What does {n} keep? {v}.",
+}
+"""How the corpus asks and answers."""
 
 MENTIONS = ("{n} once asked about {v}.", "Nobody told {n} of {v}.", "{n} read a word: {v}.")
 """Sentences that share words with a fact and state none."""
@@ -50,6 +60,10 @@ class Fact:
     def statements(self) -> list[str]:
         """The sentences that state it."""
         return [s.format(n=self.name, v=self.value) for s in STATEMENTS[self.relation]]
+
+    def asked_and_answered(self) -> str:
+        """Question and answer as the corpus has them."""
+        return CORPUS_QUESTIONS[self.relation].format(n=self.name, v=self.value)
 
 
 @dataclass(frozen=True)
@@ -77,10 +91,17 @@ def draw_facts(people: int, seed: int) -> list[Fact]:
     ]
 
 
-def draw_corpus(facts: list[Fact], seed: int) -> list[Document]:
-    """Every statement of every fact, and a sentence for each that only mentions its words."""
+def draw_corpus(facts: list[Fact], answered: int, seed: int) -> list[Document]:
+    """Every statement of every fact, and a sentence for each that only mentions its words.
+
+    Args:
+        facts: All facts.
+        answered: About so many of them, the first, the corpus also asks.
+        seed: Seed of the mentions and of the order.
+    """
     rng = np.random.default_rng(seed)
     documents = [Document(text, i) for i, fact in enumerate(facts) for text in fact.statements()]
+    documents += [Document(f.asked_and_answered(), i) for i, f in enumerate(facts[:answered])]
     for fact in facts:
         other = facts[int(rng.integers(len(facts)))]
         text = MENTIONS[int(rng.integers(len(MENTIONS)))].format(n=fact.name, v=other.value)

@@ -368,6 +368,9 @@ def _fetch(link: str, folder: Path, context: ssl.SSLContext) -> Path:
             while block := answer.read(BLOCK_BYTES):
                 file.write(block)
                 progress.advance(len(block))
+    received = archive.stat().st_size
+    if received < total:
+        raise OSError(f"the connection ended after {received} of {total} bytes of {archive.name}")
     promised = urllib.parse.parse_qs(fragment).get("sha256", [None])[0]
     if promised is not None and file_sha256(archive) != promised:
         raise OSError(f"{archive.name} arrived damaged: its sha256 is not the index's")

@@ -394,10 +394,14 @@ class _Judge(Generic[ExampleT]):
         size = self.proxy.align.batch
         for first in range(0, len(self.examples), size):
             batch = self.collate(self.examples[first : first + size])
-            view = observe(self.target, self.dense, batch, self.proxy.align)
-            found.append(evaluate(self.proxy, batch, view))
+            found.append(self._batch_objective(batch))
             sizes.append(len(batch.lengths))
         return mean_objective(found, sizes)
+
+    def _batch_objective(self, batch: Batch) -> Objective:
+        """The objective on one batch; what the target shows of it is gone before the next."""
+        view = observe(self.target, self.dense, batch, self.proxy.align)
+        return evaluate(self.proxy, batch, view)
 
     def _gram(self, model: Any, layers: Mapping[str, nn.Linear]) -> Tensor:
         compared, chunk = self.examples[:MAX_COMPARED], 2 * self.proxy.align.batch

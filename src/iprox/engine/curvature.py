@@ -20,9 +20,12 @@ from iprox.engine.loss import IGNORE, Batch
 from iprox.engine.packed import Packed, pack
 from iprox.numerics.ghost import widen
 from iprox.numerics.kfac import (
+    Damping,
     Eigenbasis,
+    LayerCurvature,
     add_second_moment,
     add_squared_gradients,
+    whitened_squares,
 )
 from iprox.numerics.sides import block_sides
 from iprox.numerics.sketch import layer_key, uniforms
@@ -71,13 +74,37 @@ class Covariances:
             add_second_moment(self.inputs[name], x)
 
 
-class SquaredGradients:
-    """Sums over examples of their squared gradients in the eigenbases of their layers.
+class Rotations:
+    """Rows of layers in the eigenbases of their second moments.
 
     Args:
         inputs: Site -> eigenbasis of its inputs.
         output_grads: Layer -> eigenbasis of its output gradients.
         sites: Layer -> site.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Eigenbasis],
+        output_grads: Mapping[str, Eigenbasis],
+        sites: Mapping[str, str],
+    ) -> None:
+        self.inputs, self.output_grads, self.sites = inputs, output_grads, sites
+        self._last: tuple[str, Tensor, Tensor] | None = None
+
+    def rotated(self, name: str, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs (tokens, in) and output gradients (tokens, out) of one layer, rotated.
+
+        Layers of one site follow each other in a backward pass, and share their inputs'.
+        """
+        site = self.sites[name]
+        if self._last is None or self._last[0] != site or not same_tensor(self._last[1], x):
+            self._last = (site, x, self.inputs[site].into(widen(x)))
+        return self._last[2], self.output_grads[name].into(widen(d))
+
+
+class SquaredGradients(Rotations):
+    """Sums over examples of their squared gradients in the eigenbases of their layers.
 
     Attributes:
         sums: Layer -> (out, in).
@@ -89,23 +116,41 @@ class SquaredGradients:
         output_grads: Mapping[str, Eigenbasis],
         sites: Mapping[str, str],
     ) -> None:
-        self.inputs, self.output_grads, self.sites = inputs, output_grads, sites
+        super().__init__(inputs, output_grads, sites)
         self.sums = {
             name: basis.values.new_zeros(len(basis.values), len(inputs[sites[name]].values))
             for name, basis in output_grads.items()
         }
-        self._last: tuple[str, Tensor, Tensor] | None = None
 
     def __call__(self, name: str, x: Tensor, d: Tensor, rows: list[int]) -> None:
         """Add a batch's rows of one layer."""
-        into = self._rotated(self.sites[name], x)
-        add_squared_gradients(self.sums[name], self.output_grads[name].into(widen(d)), into, rows)
+        x, d = self.rotated(name, x, d)
+        add_squared_gradients(self.sums[name], d, x, rows)
 
-    def _rotated(self, site: str, x: Tensor) -> Tensor:
-        """Inputs in their eigenbasis; layers of one site follow each other in a backward pass."""
-        if self._last is None or self._last[0] != site or not same_tensor(self._last[1], x):
-            self._last = (site, x, self.inputs[site].into(widen(x)))
-        return self._last[2]
+
+class WhitenedNorms(Rotations):
+    """Norms of examples' gradients in the metric of an inverse curvature.
+
+    Args:
+        curvatures: Layer -> its curvature.
+        sites: Layer -> the first layer that reads its input.
+        damping: What is added to the curvature.
+
+    Raises:
+        NumericsError: A damped curvature is singular or not finite.
+    """
+
+    def __init__(
+        self, curvatures: Mapping[str, LayerCurvature], sites: Mapping[str, str], damping: Damping
+    ) -> None:
+        inputs = {name: c.inputs for name, c in curvatures.items() if sites[name] == name}
+        super().__init__(inputs, {name: c.grads for name, c in curvatures.items()}, sites)
+        self.eigenvalues = {name: c.denominators(damping) for name, c in curvatures.items()}
+
+    def __call__(self, name: str, x: Tensor, d: Tensor, rows: list[int]) -> Tensor:
+        """What one layer adds to the squared norms, (examples,)."""
+        x, d = self.rotated(name, x, d)
+        return whitened_squares(d, x, self.eigenvalues[name], rows)
 
 
 def visit_examples(

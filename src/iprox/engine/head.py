@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from iprox.models.classifier import output_layer
 from iprox.numerics.ghost import widen
 
 SLICE_BYTES = 64 * 2**20
@@ -25,14 +26,15 @@ def token_losses(model: Any, states: Tensor, targets: Tensor) -> Tensor:
     """``-log p(target)`` at every hidden state, differentiable by the states alone.
 
     Args:
-        model: A causal LM; its head is a linear layer, soft-capped where its config says so.
+        model: A causal LM or a classifier; its head is a linear layer, soft-capped where its
+            config says so.
         states: Last hidden states, (tokens, hidden), in the head's precision or a higher one.
-        targets: Next tokens, (tokens,).
+        targets: Next tokens or labels, (tokens,).
 
     Returns:
         (tokens,) in float32 (float64 for a float64 model).
     """
-    head: nn.Linear = model.get_output_embeddings()
+    head = output_layer(model)
     cap = getattr(model.config, "final_logit_softcapping", None)
     losses: Tensor = _HeadLosses.apply(states, targets, head.weight, head.bias, cap)
     return losses
@@ -50,7 +52,7 @@ def draw_tokens(model: Any, states: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         (tokens,) int64.
     """
-    head: nn.Linear = model.get_output_embeddings()
+    head = output_layer(model)
     cap = getattr(model.config, "final_logit_softcapping", None)
     rows = max(1, SLICE_BYTES // (8 * len(head.weight)))
     drawn = []

@@ -10,7 +10,7 @@ needs first-order memory only and works with every attention kernel.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -197,6 +197,15 @@ def differentiable_attention() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def forward_derivatives() -> Iterator[None]:
+    """Within this context, a model can be differentiated forward."""
+    with differentiable_attention(), warnings.catch_warnings():
+        # torch's own forward derivatives are still compiled by its deprecated torch.jit
+        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+        yield
+
+
 def _double_backward(
     proxy: Factorised, batch: Batch, target: TargetView
 ) -> tuple[Objective, list[Tensor]]:
@@ -232,18 +241,17 @@ def _first_order(
             kl = _anchor(proxy, batch, target, logits.detach())
             explicit = [torch.zeros_like(p) for p in parameters]
     with torch.no_grad():
-        projected = _projected(proxy, target)
-        terms = _distance(proxy, own, projected)
+        terms = _distance(proxy, own, _projected(proxy, target))
         scale = align.distance_weight / len(own)
-        direction: list[Tensor] = []
-        for i, name in enumerate(proxy.layers):
-            by_own, by_projected = pair_derivatives(own[i], projected[i])
-            direction += [scale * d for d in by_own]
+        again = zip(proxy.layers, _projected(proxy, target), strict=True)
+        for i, (name, projected) in enumerate(again):
+            by_own, by_projected = pair_derivatives(own[i], projected)
+            own[i] = FactorPair(*(scale * d for d in by_own))  # the gradient itself is done with
             if align.grad == "exact":
                 by_factors = project(target.layers[name], by_projected)
                 for j, d in enumerate(by_factors):
                     explicit[2 * i + j].add_(scale * d)
-    return _summary(proxy, terms, kl, loss, target), direction, explicit
+    return _summary(proxy, terms, kl, loss, target), [d for pair in own for d in pair], explicit
 
 
 class _BatchLoss(nn.Module):
@@ -268,9 +276,7 @@ def _jvp(proxy: Factorised, batch: Batch, direction: Sequence[Tensor]) -> list[T
         found: Tensor = torch.func.functional_call(module, parameters, ())
         return found
 
-    with differentiable_attention(), warnings.catch_warnings():
-        # torch's own forward derivatives are still compiled by its deprecated torch.jit
-        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+    with forward_derivatives():
         product = torch.func.jvp(torch.func.grad(loss), (here,), (along,))[1]
     return [product[name] for name in names]
 
@@ -330,18 +336,19 @@ def _anchor(proxy: Factorised, batch: Batch, target: TargetView, logits: Tensor)
     return anchor(target.logits, logits, owner, proxy.align.tau)
 
 
-def _projected(proxy: Factorised, target: TargetView) -> list[FactorPair]:
-    """The target's gradient in the proxy's factors, live in them unless the config stops it."""
-    pairs = proxy.factors
-    if proxy.align.grad == "stop_projection":
-        pairs = [FactorPair(*(t.detach() for t in pair)) for pair in pairs]
-    return [
-        project(target.layers[name], pair) for name, pair in zip(proxy.layers, pairs, strict=True)
-    ]
+def _projected(proxy: Factorised, target: TargetView) -> Iterator[FactorPair]:
+    """The target's gradient in the proxy's factors, live in them unless the config stops it.
+
+    One layer at a time: all of them take as much memory as the factors.
+    """
+    for name, pair in zip(proxy.layers, proxy.factors, strict=True):
+        if proxy.align.grad == "stop_projection":
+            pair = FactorPair(*(t.detach() for t in pair))
+        yield project(target.layers[name], pair)
 
 
 def _distance(
-    proxy: Factorised, own: Sequence[FactorPair], projected: Sequence[FactorPair]
+    proxy: Factorised, own: Sequence[FactorPair], projected: Iterable[FactorPair]
 ) -> AlignmentTerms:
     return alignment_loss(own, projected, proxy.align.distance_weight)
 

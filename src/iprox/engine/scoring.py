@@ -9,7 +9,7 @@ size of a weight outlives the layer's turn (TracIn at one checkpoint, arXiv:2002
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,10 @@ from iprox.numerics.ghost import (
     truncate_queries,
     widen,
 )
+
+LayerNorms = Callable[[str, Tensor, Tensor, list[int]], Tensor]
+"""Squared norms (examples,) from a layer's name, X (tokens, in), D (tokens, out) and the rows of
+each example."""
 
 CPU_BATCH_TOKENS = 512
 CUDA_BATCH_TOKENS = 8192
@@ -102,6 +106,8 @@ class Scorer:
         query_dtype: Precision in which whole query gradients are held; sums stay in float32.
         skip_nonfinite: Go on after an example whose loss or gradient is not finite, and list it
             in :attr:`Scores.unusable`, instead of raising.
+        norms: Another norm than the Euclidean one: called with a layer's name, inputs, output
+            gradients and rows of each example, gives the squared norms (examples,) of its part.
 
     Attributes:
         truncation: Share of each query gradient's norm that ``query_rank`` and ``query_dtype``
@@ -121,8 +127,10 @@ class Scorer:
         query_rank: int = 0,
         query_dtype: torch.dtype | None = None,
         skip_nonfinite: bool = False,
+        norms: LayerNorms | None = None,
     ) -> None:
         self.model, self.layers, self.reduction = model, layers, reduction
+        self.norms = norms
         self.skip_nonfinite, self.query_rank = skip_nonfinite, query_rank
         self.costs = costs_of(next(iter(layers.values())).weight)
         self.queries: dict[str, Tensor | LowRankQueries] = {}
@@ -184,6 +192,11 @@ class Scorer:
     ) -> tuple[Tensor, Tensor]:
         """Inner products (examples, queries) and squared norms (examples,) of one layer."""
         queries = self.queries[name]
+        if self.norms is not None:
+            squares = self.norms(name, x, d, rows)
+            if isinstance(queries, LowRankQueries):
+                return low_rank_dot(d, x, queries, rows), squares
+            return fixed_dot(d, x, queries, rows), squares
         if isinstance(queries, LowRankQueries):
             return low_rank_dot(d, x, queries, rows), self._norms(x, d, rows, grams)
         kernel = self._choice(max(rows), x.shape[1], d.shape[1]).kernel

@@ -6,6 +6,7 @@ import fcntl
 import os
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -66,13 +67,27 @@ def claim_gpus(wanted: int, count: int, folder: Path | None = None) -> list[int]
 
 def _try_lock(path: Path) -> int | None:
     """The descriptor of a lock file that is now held, or None when another process has it."""
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    descriptor = _open_lock(path)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def _open_lock(path: Path) -> int:
+    """Open a lock file, which may be another user's; to lock it, reading is enough.
+
+    An existing one is not asked for as if it were to be created: in a folder for temporary files
+    Linux refuses that to all but its owner (`fs.protected_regular`).
+    """
+    how = os.O_RDONLY | os.O_CLOEXEC
+    with suppress(FileExistsError):
+        descriptor = os.open(path, how | os.O_CREAT | os.O_EXCL)
+        os.fchmod(descriptor, 0o444)  # whatever this user's umask
+        return descriptor
+    return os.open(path, how)
 
 
 def set_threads(threads: int) -> None:

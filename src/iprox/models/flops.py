@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from iprox.models.classifier import output_layer
 from iprox.models.lowrank import LowRankBackward, LowRankLinear
 from iprox.numerics.flops import SECOND_READERS, Linear, Load, Network
 
@@ -27,7 +28,7 @@ def network_of(model: Any, scored: Mapping[str, nn.Linear] | None = None) -> Net
     """Shapes of a model's matrix products.
 
     Args:
-        model: A causal LM, dense or with factors in place of weights.
+        model: A causal LM, dense or with factors in place of weights, or a classifier.
         scored: Linear layers whose weight gradients count; none when absent.
     """
     counted = {id(layer) for layer in (scored or {}).values()}
@@ -53,7 +54,7 @@ def network_of(model: Any, scored: Mapping[str, nn.Linear] | None = None) -> Net
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     attention = heads * head_dim * config.num_hidden_layers
-    return Network(dict(linears), attention, model.get_output_embeddings().weight.numel())
+    return Network(dict(linears), attention, output_layer(model).weight.numel())
 
 
 def load_of(encoded: Iterable[Text]) -> Load:

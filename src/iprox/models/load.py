@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from iprox.errors import ModelError
+from iprox.models.classifier import is_classifier
 from iprox.models.lowrank import Passes, find_linear, replace_linears
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def load_model(
     attention: str = "sdpa",
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Load a target or proxy for inference: evaluation mode, weights frozen.
+    """Load a target, proxy or classifier for inference: evaluation mode, weights frozen.
 
     Args:
         folder: A Hugging Face folder, or a proxy folder.
@@ -93,11 +94,22 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError("no tokenizer beside the model", where=folder, value=str(error)) from None
 
 
-def _load_dense(folder: Path, dtype: torch.dtype, attention: str) -> Any:
-    from transformers import AutoModelForCausalLM
+def auto_class(name: str | Path, **options: Any) -> Any:
+    """The class that loads a model as what its configuration says it is.
 
+    Args:
+        name: Its folder, or hub name.
+        options: For ``AutoConfig.from_pretrained``.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(name, **options)
+    return AutoModelForSequenceClassification if is_classifier(config) else AutoModelForCausalLM
+
+
+def _load_dense(folder: Path, dtype: torch.dtype, attention: str) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return auto_class(folder, local_files_only=True).from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,

@@ -13,7 +13,7 @@ G = Dᵀ X, and G itself (out, in) is never formed: G Rᵀ = Dᵀ (X Rᵀ) and L
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -102,7 +102,7 @@ def project(observed: Observed, factors: FactorPair) -> FactorPair:
 
 
 def alignment_loss(
-    proxy: Sequence[FactorPair], target: Sequence[FactorPair], distance_weight: float = 1.0
+    proxy: Sequence[FactorPair], target: Iterable[FactorPair], distance_weight: float = 1.0
 ) -> AlignmentTerms:
     """Mean over layers of both gradient distances (IProX, arXiv:2602.17835, Eq. 6).
 

@@ -94,3 +94,15 @@ def interval(values: np.ndarray) -> tuple[float, float]:
         return float("nan"), float("nan")
     low, high = np.quantile(defined, [0.025, 0.975])
     return float(low), float(high)
+
+
+def pivotal_interval(values: np.ndarray, estimate: float) -> tuple[float, float]:
+    """95 % interval that takes the bias of resampling back: percentiles mirrored at the estimate.
+
+    A rank correlation r of n pairs lies about ``3 (r - tau) / (n + 1)`` below the population's, and
+    that of a resample, whose repeated pairs are ties, as much again below r. So percentiles of
+    resamples lie too low, which matters where a mean over many queries is narrow
+    (Davison and Hinkley, Bootstrap Methods and their Application, 1997, Eq. 5.6).
+    """
+    low, high = interval(values)
+    return 2 * estimate - high, 2 * estimate - low

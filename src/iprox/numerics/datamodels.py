@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from iprox.errors import NumericsError
-from iprox.numerics.correlation import interval, resamples, spearman
+from iprox.numerics.correlation import pivotal_interval, resamples, spearman
 
 
 class Score(NamedTuple):
@@ -100,4 +100,4 @@ def with_interval(
         picked = np.concatenate(drawn) if drawn else np.zeros((0, len(group[1])), dtype=int)
         if len(picked):
             resampled += np.nanmean(datamodeling_scores(*group, picked), axis=1) / len(groups)
-    return Score(mean, *interval(resampled)), resampled
+    return Score(mean, *pivotal_interval(resampled, mean)), resampled

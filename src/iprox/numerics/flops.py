@@ -282,9 +282,13 @@ def lora_training(net: Network, load: Load, parameters: int) -> float:
     return one_pass(net, load, load.tokens) + 6 * parameters * load.tokens
 
 
-def probe(net: Network, load: Load, passes: int = 1) -> float:
-    """Recording layer inputs and output gradients."""
-    return passes * one_pass(net, load)
+def probe(net: Network, load: Load, directions: int = 0) -> float:
+    """Recording layer inputs and output gradients, and how inputs move in some directions.
+
+    The derivative of a forward pass takes three: the pass, its products with what moves, and those
+    of the directions with the inputs.
+    """
+    return one_pass(net, load) + 3 * directions * forward(net, load, 0)
 
 
 def query(net: Network, load: Load, unit: bool = False) -> float:
@@ -294,11 +298,28 @@ def query(net: Network, load: Load, unit: bool = False) -> float:
 
 
 def features(
-    net: Network, load: Load, n_queries: int, passes: int = 1, query_rank: int = 0
+    net: Network,
+    load: Load,
+    n_queries: int,
+    passes: int = 1,
+    query_rank: int = 0,
+    whitened: bool = False,
 ) -> float:
-    """Inner products and norms of pool examples; each pass takes an equal share of the queries."""
-    each = inner_products(net, load, -(-n_queries // passes), query_rank)
-    return passes * (one_pass(net, load) + each)
+    """Inner products and norms of pool examples; each pass takes an equal share of the queries.
+
+    Args:
+        net: The model.
+        load: The examples.
+        n_queries: Query gradients.
+        passes: Times the examples are passed.
+        query_rank: Rank that query gradients are cut to; 0: whole.
+        whitened: Whether norms are those in the metric of an inverse curvature.
+    """
+    share = -(-n_queries // passes)
+    if whitened:
+        entries = 2 * share * net.query_entries(query_rank) * load.tokens
+        return passes * entries + eigenvalues(net, load, passes)
+    return passes * (one_pass(net, load) + inner_products(net, load, share, query_rank))
 
 
 def covariance(net: Network, load: Load, passes: int = 1, limit: int = UNSPLIT) -> float:

@@ -26,7 +26,7 @@ def influence(
         dots: Inner products with the query gradients, (examples, queries).
         norms: Norms of the examples' gradients, (examples,).
         query_norms: Norms of the query gradients, (queries,).
-        score: ``cosine`` or ``dot``.
+        score: ``cosine``, ``dot``, or ``half``: the cosine by norms that are not Euclidean.
 
     Returns:
         (examples, queries) float64; by ``cosine`` -inf where the example's gradient is zero.

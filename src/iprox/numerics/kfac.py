@@ -166,6 +166,25 @@ class LayerCurvature:
         return self.inputs.back(self.grads.back(scaled.mT).mT)
 
 
+def whitened_squares(d: Tensor, x: Tensor, eigenvalues: Tensor, rows: Sequence[int]) -> Tensor:
+    """Squared norms of examples' gradients times the inverse square root of a curvature.
+
+    ``<G, H^-1 G> = sum (Q_S^T G Q_A)^2 / (Lambda + l)``, the norm in which an influence function
+    is an inner product.
+
+    Args:
+        d: Coordinates of output gradients in their eigenbasis, (tokens, out).
+        x: Coordinates of inputs in theirs, (tokens, in).
+        eigenvalues: Those of the damped curvature, (out, in).
+        rows: Tokens of each example.
+
+    Returns:
+        (examples,).
+    """
+    parts = zip(d.split(list(rows)), x.split(list(rows)), strict=True)
+    return torch.stack([((g.mT @ z).square_() / eigenvalues).sum() for g, z in parts])
+
+
 def add_second_moment(blocks: Sequence[Tensor], rows: Tensor) -> None:
     """Add ``rows^T rows`` to a sum, of which only the diagonal blocks are kept.
 

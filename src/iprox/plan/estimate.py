@@ -51,6 +51,9 @@ MAX_COMPARED = 24
 MIN_HELDOUT = 4
 """Held-out examples of an alignment: whose gradients are compared at most, held out at least."""
 
+MAX_DIRECTIONS = 4
+"""Most directions that a probe moves the weights in."""
+
 FACTOR_COPIES = 11
 """Tensors of the factors' size in an alignment: gradients, both Adam moments, the start, the
 best and the current candidate, and the parts of the gradient."""
@@ -258,12 +261,28 @@ class Estimator:
         section = node.params["warmup"]
         need = self._training(node, self.split_texts(node), section)
         copies = math.ceil(section["epochs"]) - 1 if "epochs" in node.params else 0
-        copies += 2 if "moments" in node.params else 0  # of Adam, first and second
-        return replace(need, disk=need.disk + 4 * self.parameters * copies)
+        kept = 4 * self.parameters * copies + self._moments(node) * (copies + 1)
+        return replace(need, disk=need.disk + kept)
 
     def _checkpoint(self, node: Node) -> Need:
         weights = self.parameters * BYTES[node.params["compute"]["dtype"]]
-        return Need(memory=PROCESS + 4 * self.parameters + weights, disk=weights)
+        moments = self._moments(node.parents["warmup"])
+        return Need(memory=PROCESS + 4 * self.parameters + weights, disk=weights + moments)
+
+    def _moments(self, warmup: Node) -> float:
+        """Bytes that a warm-up keeps beside weights: Adam's two moments, and LoRA's updates."""
+        if "moments" not in warmup.params:
+            return 0
+        section = warmup.params["warmup"]
+        return 4 * self._trained(section) * (3 if section["lora_rank"] else 2)
+
+    def _trained(self, section: Mapping[str, Any]) -> int:
+        """Parameters that a training changes: all, those that are not frozen, or LoRA's updates."""
+        if section["lora_rank"]:
+            linears = Network.plan(self.arch).linears.items()
+            return section["lora_rank"] * sum(n * (one.out_dim + one.in_dim) for one, n in linears)
+        frozen = model_size(self.arch).embeddings if section["freeze_embed_head"] else 0
+        return self.parameters - frozen
 
     def _finetune(self, node: Node) -> Need:
         pool = node.parents["selection"].parents["pool"]
@@ -282,20 +301,16 @@ class Estimator:
         """
         net = Network.plan(self.arch)
         load = _load(texts).times(section["epochs"])
-        frozen = section["freeze_embed_head"]
-        trained = self.parameters - (model_size(self.arch).embeddings if frozen else 0)
-        rank = section.get("lora_rank", 0)
-        updates = rank * sum(n * (one.out_dim + one.in_dim) for one, n in net.linears.items())
-        trained = updates if rank else trained
+        trained = self._trained(section)
         batch = texts._replace(n=min(texts.n, section["batch"]))
         micro = self._batch(MICRO_BATCH_TOKENS, batch) / self.train_gpus
         micro = max(micro, LONGEST * batch.tokens)
         element = BYTES[node.params["compute"]["dtype"]]
         state = 4 * (self.parameters + 3 * trained)
         return Need(
-            flops=flops.lora_training(net, load, updates)
-            if rank
-            else flops.training(net, load, head_trained=not frozen),
+            flops=flops.lora_training(net, load, trained)
+            if section["lora_rank"]
+            else flops.training(net, load, head_trained=not section["freeze_embed_head"]),
             memory=self.process
             + state / self.train_gpus
             + self.activations(net, micro, element)
@@ -318,16 +333,19 @@ class Estimator:
         net = self.network(node.parents["warmup"], node.params["layers"])
         texts, element = self.split_texts(node), BYTES[node.params["compute"]["dtype"]]
         rows = self.probe_rows(node)
+        n_queries = sum(role.startswith("query/") for role in node.parents)
+        directions = min(n_queries, MAX_DIRECTIONS)
         width = sum(
-            n * (linear.out_dim + (linear.in_dim if linear.own_input else 0))
+            n * (linear.out_dim + (max(1, directions) * linear.in_dim if linear.own_input else 0))
             for linear, n in net.linears.items()
             if linear.scored
         )
         recorded = 4.0 * rows * width
         host = 0 if self.device == "gpu" else recorded  # rows are kept in main memory
+        one_direction = element * net.scored_weights if directions else 0.0
         return Need(
-            flops=flops.probe(net, _load(texts)),
-            memory=self._pass_memory(net, texts, element) + host,
+            flops=flops.probe(net, _load(texts), directions),
+            memory=self._pass_memory(net, texts, element) + host + one_direction,
             disk=recorded,
             tokens=texts.n * texts.tokens,
         )
@@ -510,13 +528,22 @@ class Estimator:
         if "split" in node.parents:
             size = node.parents["split"].params["split"]["size"]
             texts = texts._replace(n=_share(size, texts.n))
+        if "prefilter" in node.params:
+            tasks = len(node.parents["prefilter"].params["tasks"])
+            kept = min(1.0, tasks * node.params["prefilter"]["keep"])
+            texts = texts._replace(n=_share(kept, texts.n))
         n_queries = sum(map(self.volumes.groups, _queries_of(node)))
         element = BYTES[node.params["compute"]["dtype"]]
         reduction = {"query_rank": 0, "query_dtype": "float32"} | node.params["influence"]
         rank, held = reduction["query_rank"], BYTES[reduction["query_dtype"]]
-        matrices = held * n_queries * net.query_entries(rank)
+        matrices = float(held * n_queries * net.query_entries(rank))
+        half = "curvature" in node.parents
+        if half:
+            fitted = node.parents["curvature"].parents["covariance"].params["curvature"]
+            sides = flops.factor_blocks(net, fitted["max_factor_dim"])
+            matrices += 4.0 * (sum(side**2 for side in sides) + net.scored_weights)
         return Need(
-            flops=flops.features(net, _load(texts), n_queries, query_rank=rank),
+            flops=flops.features(net, _load(texts), n_queries, query_rank=rank, whitened=half),
             memory=self._pass_memory(net, texts, element) + matrices,
             disk=texts.n * (8 * n_queries + 60)
             + self._layer_dots(node, texts.n * n_queries)

@@ -63,11 +63,14 @@ def check_judged(study: Plan) -> None:
         if scorer.kind == "gradient":
             asked["proxy.kind"] = (proxy.kind, ("target", "ipsvd", "svd"))
             asked["influence.estimator"] = (influence.estimator, ESTIMATORS)
+            asked["prefilter.by"] = (run.config.prefilter.by, ("none",))
+            asked["influence.score"] = (influence.score, ("cosine", "dot"))
             asked["influence.checkpoints"] = (influence.checkpoints, ("last",))
         if scorer.kind == "gradient" and proxy.is_factorised:
             found = "auto" if proxy.sparsity == "auto" else "a number"
             asked["proxy.sparsity"] = (found, ("a number",))
             asked["proxy.rank_allocation"] = (proxy.rank_allocation, ("uniform",))
+            asked["proxy.whiten"] = (proxy.whiten, ("both", "inputs"))
         for key, (value, allowed) in asked.items():
             if value not in allowed:
                 raise ConfigError(

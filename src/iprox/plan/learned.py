@@ -6,11 +6,12 @@ gradients. It labels the ``teach`` split; what learns from it scores the pool.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from iprox.errors import ConfigError
-from iprox.plan.nodes import Node
+from iprox.plan.nodes import Node, links_at
 
 if TYPE_CHECKING:
     from iprox.plan.runs import RunPlanner
@@ -34,13 +35,22 @@ def learned_nodes(planner: RunPlanner) -> dict[str, Node]:
     Raises:
         ConfigError: The teacher's gradients are not sketched, or its slice is the whole pool.
     """
-    nodes = LEARNED[planner.config.scorer.kind](planner)
+    make = LEARNED[planner.config.scorer.kind]
+    nodes = make(planner)
+    shown = {"pool": planner.pool, **_without_queries(nodes)}
     if planner.config.fidelity.enabled:
-        nodes["fidelity"] = _fidelity(planner, nodes)
-    shown = {role: node for role, node in nodes.items() if not role.startswith("query/")}
-    if planner.config.until != "fidelity":
-        shown["ranking"] = _ranking(planner, nodes)
-    return {"pool": planner.pool, **shown}
+        shown["fidelity"] = _fidelity(planner, nodes)
+    if planner.config.until == "fidelity":
+        return shown
+    earlier = {epoch: make(then) for epoch, then in planner.earlier()}
+    for epoch, made in earlier.items():
+        shown |= links_at(epoch, _without_queries(made))
+    return shown | {"ranking": _ranking(planner, nodes, earlier)}
+
+
+def _without_queries(nodes: dict[str, Node]) -> dict[str, Node]:
+    """Nodes that a run shows: a task's queries are inputs of others."""
+    return {role: node for role, node in nodes.items() if not role.startswith("query/")}
 
 
 def _backbone(planner: RunPlanner) -> Node:
@@ -62,7 +72,7 @@ def _embeddings(planner: RunPlanner, encoder: Node) -> Node:
 
 def _regression(planner: RunPlanner) -> dict[str, Node]:
     """A linear function of a published encoder's embeddings for each task."""
-    _check_slice(planner)
+    _check_lesson(planner)
     nodes = {"backbone": _backbone(planner), **planner.scoring_model()}
     nodes["teach"] = planner.features(nodes["model"], "teach")
     nodes["heldout"] = planner.features(nodes["model"], "fidelity")
@@ -89,7 +99,7 @@ def _less(planner: RunPlanner) -> dict[str, Node]:
     Raises:
         ConfigError: There are no moments, or the sketch cannot take directions.
     """
-    kind, proxy = planner.config.features.kind, planner.config.proxy.kind
+    kind, proxy = planner.config.features.kind, planner.config.proxy
     where = f"runs.{planner.run.name}"
     if kind not in COORDINATEWISE:
         raise ConfigError(
@@ -99,16 +109,20 @@ def _less(planner: RunPlanner) -> dict[str, Node]:
             allowed=", ".join(COORDINATEWISE),
             fix="set features: {kind: countsketch}, or random as LESS has it, which costs far more",
         )
-    if proxy != "target" or planner.config.warmup.epochs == 0:
+    is_backward = proxy.is_factorised and proxy.passes == "backward"
+    has_moments = is_backward or proxy.kind in ("target", "model")
+    if not has_moments or planner.config.warmup.epochs == 0:
         raise ConfigError(
-            "Adam's moments are those of the target's own warm-up",
-            where=f"{where}: proxy.kind, warmup.epochs",
-            value=f"{proxy}, {planner.config.warmup.epochs:g}",
-            allowed="proxy.kind target, and epochs above 0",
+            "Adam's moments are those of weights that were warmed up",
+            where=f"{where}: proxy.kind, proxy.passes, warmup.epochs",
+            value=f"{proxy.kind}, {proxy.passes}, {planner.config.warmup.epochs:g}",
+            allowed="proxy.kind target or model, or ipsvd or svd with proxy.passes backward, which "
+            "keeps the target's weights; and epochs above 0",
         )
     nodes = planner.scoring_model()
-    nodes["features"] = planner.features(nodes["model"], "all", directions="adam")
-    sketches = query_sketches(planner, nodes["model"])
+    trained = nodes.get("proxy-warmup", nodes["warmup"])
+    nodes["features"] = planner.features(nodes["model"], "all", moments=trained)
+    sketches = query_sketches(planner, nodes["model"], planner.adapters())
     return nodes | {f"query/{task}": node for task, node in sketches.items()}
 
 
@@ -150,11 +164,19 @@ def _taught(planner: RunPlanner, backbone: Node) -> dict[str, Node]:
     return nodes
 
 
-def query_sketches(planner: RunPlanner, model: Node) -> dict[str, Node]:
-    """Sketches of single queries' gradients at a scoring model, by task."""
+def query_sketches(
+    planner: RunPlanner, model: Node, adapters: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Node]:
+    """Sketches of single queries' gradients at a scoring model, by task.
+
+    Args:
+        planner: The run.
+        model: The scoring model.
+        adapters: Parameters by which they are gradients of low-rank updates, if any.
+    """
     sketch = planner.sketch()
     reduction = planner.config.influence.model_dump(include={"loss_reduction"})
-    params = planner.passing() | {"features": sketch, "influence": reduction}
+    params = planner.passing() | {"features": sketch, "influence": reduction, **adapters}
     asked = planner.asked(model)
     return {
         task.name: planner.plan.add(
@@ -167,16 +189,35 @@ def query_sketches(planner: RunPlanner, model: Node) -> dict[str, Node]:
     }
 
 
-def _ranking(planner: RunPlanner, nodes: dict[str, Node]) -> Node:
-    """Every example's score, from its row and those of the queries."""
+def _ranking(
+    planner: RunPlanner, nodes: dict[str, Node], earlier: dict[int, dict[str, Node]]
+) -> Node:
+    """Every example's score, from its row and those of the queries, over all checkpoints.
+
+    Args:
+        planner: The run.
+        nodes: What it adds at the end of the warm-up.
+        earlier: Epoch -> what it adds at the end of that epoch.
+    """
     params: dict[str, Any] = {
         "influence": _averaged(planner, include={"val_agg"}),
         "scorer": {"kind": planner.config.scorer.kind},
         "tasks": [task.name for task in planner.tasks],
     }
-    parents = {"features": nodes["features"], "pool": planner.pool}
-    parents |= {role: node for role, node in nodes.items() if role.startswith("query/")}
-    return planner.plan.add("ranking", nodes["features"].label, params, parents)
+    parents = {"pool": planner.pool, **_compared(nodes)}
+    for epoch, made in earlier.items():
+        parents |= {f"checkpoint/{epoch}/{role}": node for role, node in _compared(made).items()}
+    label = nodes["features"].label
+    if earlier:
+        parents["warmup"] = nodes["warmup"]
+        label = f"{label}-epochs"
+    return planner.plan.add("ranking", label, params, parents)
+
+
+def _compared(nodes: dict[str, Node]) -> dict[str, Node]:
+    """The rows of the pool and of the queries."""
+    queries = {role: node for role, node in nodes.items() if role.startswith("query/")}
+    return {"features": nodes["features"], **queries}
 
 
 def _fidelity(planner: RunPlanner, nodes: dict[str, Node]) -> Node:
@@ -217,14 +258,14 @@ def _check_teacher(planner: RunPlanner) -> None:
             allowed="countsketch, lora, logra, random",
             fix="set features: {kind: lora}",
         )
-    _check_slice(planner)
+    _check_lesson(planner)
 
 
-def _check_slice(planner: RunPlanner) -> None:
-    """Refuse a fidelity slice from which nothing is left to teach with.
+def _check_lesson(planner: RunPlanner) -> None:
+    """Refuse a fidelity slice from which nothing is left to teach with, or several teachers.
 
     Raises:
-        ConfigError: It is the whole pool.
+        ConfigError: It is the whole pool, or influence is summed over checkpoints.
     """
     if planner.slice_is_pool():
         raise ConfigError(
@@ -232,6 +273,13 @@ def _check_slice(planner: RunPlanner) -> None:
             where=f"runs.{planner.run.name}: split.fidelity",
             value=planner.config.split.fidelity,
             fix="make it smaller: split.teach and split.fidelity share no example",
+        )
+    if planner.earlier():
+        raise ConfigError(
+            "what learns has one teacher, at the end of the warm-up",
+            where=f"runs.{planner.run.name}: influence.checkpoints",
+            value=planner.config.influence.checkpoints,
+            allowed="last",
         )
 
 

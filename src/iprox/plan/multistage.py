@@ -23,7 +23,8 @@ def finetuned_model(planner: RunPlanner) -> Node:
     if section.model is not None:
         like = planner.plan.study.config.target.model_dump(exclude={"attention"})
         changes = {"model": section.model, "revision": section.revision, "trust_remote_code": False}
-        return planner.plan.add("target", section.model, {"target": like | changes})
+        params = {"target": like | changes, "measured": {"tasks": True}}  # may be a classifier
+        return planner.plan.add("target", section.model, params)
     training = WarmupSection(
         epochs=section.epochs, lr=section.lr, batch=section.batch, seed=section.seed
     )

@@ -8,7 +8,7 @@ old results stay beside new ones, and going back to an old value finds its old f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from iprox.store.manifest import MANIFEST, digest_json
 from iprox.study.load import Run, Study
 
 RESULTS = Path("results")
+
+SAME_AT_EVERY_EPOCH = {"pool", "target", "model", "proxy-target"}
+"""Links of a scoring model that are shown once, however many checkpoints it is made at."""
 ID_DIGITS = 10
 
 
@@ -149,6 +152,12 @@ class Plan:
 
         for node in list(self.nodes.values()):
             yield from visit(node)
+
+
+def links_at(epoch: int, made: Mapping[str, Node]) -> dict[str, Node]:
+    """Links of what is made at an earlier epoch, without what is the same at all of them."""
+    own = {role: node for role, node in made.items() if role not in SAME_AT_EVERY_EPOCH}
+    return {f"{role}-epoch-{epoch}": node for role, node in own.items()}
 
 
 def _clean(label: str) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 from iprox.errors import ConfigError
 from iprox.plan.learned import LEARNED, LESS, learned_nodes
 from iprox.plan.multistage import finetuned_model, finetuned_stages
-from iprox.plan.nodes import Node, Plan
+from iprox.plan.nodes import Node, Plan, links_at
+from iprox.plan.prefilter import prefilter_node
 from iprox.plan.scorers import scorer_nodes
 from iprox.plan.selection import is_per_task, selection_node
 from iprox.study.estimators import ESTIMATORS
@@ -47,10 +48,6 @@ WEIGHTING = {"mode", "damping_mode", "damping", "whiten", "objective"}
 
 CUT = {*RANK_RULE, "rank_allocation", "gauge"}
 """Keys of the section ``proxy`` that the factors depend on, besides the decomposition."""
-
-
-SAME_AT_EVERY_EPOCH = {"pool", "target", "model", "proxy-target"}
-"""Links of a scoring model that are shown once, however many checkpoints it is made at."""
 
 
 class RunPlanner:
@@ -132,6 +129,10 @@ class RunPlanner:
         influence, epochs = self.config.influence, self.config.warmup.epochs
         return range(1, math.ceil(epochs) if influence.checkpoints == "epochs" else 1)
 
+    def earlier(self) -> list[tuple[int, RunPlanner]]:
+        """Epochs before the last that influence is summed over, with the run as it is there."""
+        return [(n, RunPlanner(self.plan, self.run, n)) for n in self._earlier_epochs()]
+
     def scoring_model(self) -> dict[str, Node]:
         """The model that scores, as ``model``, and what it is made of."""
         kind, warmup = self.config.proxy.kind, self.warmup()
@@ -179,18 +180,7 @@ class RunPlanner:
         nodes: dict[str, Node] = {}
         made_of = {"warmup": warmup}
         if proxy.kind == "ipsvd":
-            nodes["probe"] = made_of["probe"] = self.plan.add(
-                "probe",
-                f"{proxy.kind}-{self.config.split.probe}",
-                {
-                    "chat": self.chat,
-                    "compute": self.compute,
-                    "influence": {"loss_reduction": self.config.influence.loss_reduction},
-                    "layers": layers,
-                    "probe": self._probe_params(),
-                },
-                {"pool": self.pool, "split": self.split("probe"), "warmup": warmup},
-            )
+            nodes["probe"] = made_of["probe"] = self._probe()
         solver = proxy.model_dump(include={"kind", "dense_rule"})
         if proxy.kind == "ipsvd":
             solver |= proxy.model_dump(include=WEIGHTING)
@@ -228,13 +218,31 @@ class RunPlanner:
         )
         return nodes
 
+    def _probe(self) -> Node:
+        """What errors of factors are weighted by, seen at the warmed-up target."""
+        proxy, warmup = self.config.proxy, self.warmup()
+        params = self.passing() | self._loss() | {"probe": self._probe_params()}
+        parents = {"pool": self.pool, "split": self.split("probe"), "warmup": warmup}
+        label = f"{proxy.kind}-{self.config.split.probe}"
+        if proxy.whiten == "queries":
+            parents |= self.queries(warmup)
+            label = f"{label}-queries"
+        return self.plan.add("probe", label, params, parents)
+
     def _sparsity(self, nodes: dict[str, Node]) -> Node:
         """The stage that looks for the smallest proxy that is faithful enough.
 
         Raises:
-            ConfigError: Neither a floor nor a ceiling says what is enough.
+            ConfigError: Neither a floor nor a ceiling says what is enough, or scores are by half.
         """
         proxy, floor = self.config.proxy, self.config.fidelity.floor
+        if self.config.influence.score == "half":
+            raise ConfigError(
+                "sparsity auto compares scores without curvature, and half has none without",
+                where=f"runs.{self.run.name}: influence.score, proxy.sparsity",
+                value="half with auto",
+                fix="give proxy.sparsity a number",
+            )
         if floor is None and proxy.max_cost is None:
             raise ConfigError(
                 "sparsity auto needs to know what is enough",
@@ -389,7 +397,14 @@ class RunPlanner:
         """Parameters of the loss whose gradients are taken."""
         return {"influence": {"loss_reduction": self.config.influence.loss_reduction}}
 
-    def features(self, model: Node, subset: str, exact: bool = False, directions: str = "") -> Node:
+    def features(
+        self,
+        model: Node,
+        subset: str,
+        exact: bool = False,
+        moments: Node | None = None,
+        prefilter: Node | None = None,
+    ) -> Node:
         """Dots and norms, or sketches, of pool examples at a scoring model.
 
         Sketches do not depend on the tasks, so a new task leaves them as they are.
@@ -398,7 +413,9 @@ class RunPlanner:
             model: The scoring model.
             subset: ``all`` or the name of a split.
             exact: Exact features, whatever the run asks for.
-            directions: Sketch what an optimizer makes of gradients: ``adam``, or nothing.
+            moments: Sketch the steps that Adam makes of gradients, with the moments that this
+                training kept.
+            prefilter: A ranking of which only the first examples are passed; absent: all are.
         """
         sketch = {} if exact else self.sketch()
         parents = {"model": model, "pool": self.pool}
@@ -408,23 +425,57 @@ class RunPlanner:
         influence = self.config.influence.model_dump(include={"loss_reduction", "on_nonfinite"})
         if not sketch:
             influence |= EXACT if exact else self._reduction()
+        if prefilter is not None:
+            parents["prefilter"] = prefilter
+        half = self._half(model, bool(sketch))
+        parents |= half
         params: dict[str, Any] = self.passing() | {
             "influence": influence,
             "subset": {"name": subset},
         }
+        if prefilter is not None:
+            params["prefilter"] = self.config.prefilter.model_dump(include={"keep"})
+        if half:
+            damping = self.config.curvature.model_dump(include={"damping", "damping_mode"})
+            params["curvature"] = damping
         if sketch:
-            check = 0 if directions else self.config.features.check  # of gradients' cosines
+            check = 0 if moments else self.config.features.check  # of gradients' cosines
             params["features"] = sketch | {"check": check}
-        if directions:
-            params["directions"] = {"kind": directions}
+        if moments:
+            params |= {"directions": {"kind": "adam"}, **self.adapters()}
+            parents["moments"] = moments
         shards = self.plan.study.config.shards if subset == "all" else 1
         parts = [
             self.label(model),
-            directions,
+            "adam" if moments else None,
             sketch.get("kind"),
             None if subset == "all" else subset,
+            None if prefilter is None else f"{self.config.prefilter.by}-filtered",
         ]
         return self.plan.add("features", "-".join(filter(None, parts)), params, parents, shards)
+
+    def _half(self, model: Node, is_sketched: bool) -> dict[str, Node]:
+        """The curvature that norms are taken by, of a run that scores by half of it.
+
+        Raises:
+            ConfigError: The run keeps sketches, whose norms are Euclidean.
+        """
+        if self.config.influence.score != "half":
+            return {}
+        if is_sketched:
+            raise ConfigError(
+                "a sketch has no norm by the curvature",
+                where=f"runs.{self.run.name}: influence.score, features.kind",
+                value=f"half with {self.config.features.kind}",
+                fix="set features.kind: exact, or influence.score: cosine",
+            )
+        fitted = self.curvature(self.asked(model))
+        return {role: fitted[role] for role in ESTIMATORS[self.config.influence.estimator]}
+
+    def adapters(self) -> dict[str, Any]:
+        """Parameters by which gradients are those of the warm-up's LoRA, if it has one."""
+        rank = self.config.warmup.lora_rank
+        return {"adapters": {"rank": rank}} if rank else {}
 
     def _reduction(self) -> dict[str, Any]:
         """How far query gradients are reduced before examples are scored against them."""
@@ -486,18 +537,16 @@ class RunPlanner:
         parents = self._ranked(nodes)
         if self.sketch():
             params["features"] = self.sketch()
-        for epoch in self._earlier_epochs():
-            then = RunPlanner(self.plan, self.run, epoch)
+        for epoch, then in self.earlier():
             made = then.scoring_model()
             made |= then._scored(made["model"])
             at = then._ranked(made).items()
             parents |= {f"checkpoint/{epoch}/{role}": node for role, node in at}
-            shown = {key: node for key, node in made.items() if key not in SAME_AT_EVERY_EPOCH}
-            nodes |= {f"{key}-epoch-{epoch}": node for key, node in shown.items()}
-        if self._earlier_epochs():
-            parents["warmup"] = nodes["warmup"]
+            nodes |= links_at(epoch, made)
         label = nodes["features"].label
-        label = f"{label}-epochs" if self._earlier_epochs() else label
+        if self.earlier():
+            parents["warmup"] = nodes["warmup"]
+            label = f"{label}-epochs"
         return nodes | {"ranking": self.plan.add("ranking", label, params, parents)}
 
     def _scored(self, model: Node) -> dict[str, Node]:
@@ -505,7 +554,10 @@ class RunPlanner:
         nodes = self.curvature(self.asked(model))
         if self.is_multistage:
             nodes["finetuned"] = finetuned_model(self)
-        return {**nodes, "features": self.features(model, "all")}
+        kept = prefilter_node(RunPlanner(self.plan, self.run))  # the same at every epoch
+        if kept is not None:
+            nodes["prefilter"] = kept
+        return {**nodes, "features": self.features(model, "all", prefilter=kept)}
 
     def _ranked(self, nodes: dict[str, Node]) -> dict[str, Node]:
         """What a ranking reads of one checkpoint: features, and queries if they are sketches."""

@@ -192,7 +192,8 @@ def _same_text(made: Node, node: Node, role: str, source: Node) -> bool:
     """Whether a finished stage saw texts of the same source as the same tokens."""
     if made.params["chat"] != node.params["chat"] or role not in made.parents:
         return False
-    if made.params.get("subset", {"name": "all"}) != {"name": "all"}:
+    is_part = made.params.get("subset", {"name": "all"}) != {"name": "all"}
+    if is_part or "prefilter" in made.params:
         return False
     models = [target_of(stage) for stage in (made, node)]
     names = {model.params["target"]["model"] for model in models if model is not None}

@@ -121,6 +121,7 @@ def render(study: Study, frames: dict[str, pd.DataFrame], charts: dict[str, list
         sketches=sketches_grid(study, tables.sketches(study)),
         overlap=overlap_grid(study, frames["runs"]),
         diversity=diversity_grid(study, frames["diversity"]),
+        found=found_grid(study, frames["found"]),
         composition=composition_grids(study, frames["composition"]),
         examples=examples_shown(study, frames["examples"]),
         heldout=heldout_grid(study, frames["heldout"]),
@@ -519,6 +520,21 @@ def overlap_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
             for n in names
         ]
         rows.append([_run_cell(study, run.name), *cells])
+    return Grid(columns, rows)
+
+
+def found_grid(study: Study, frame: pd.DataFrame) -> Grid | None:
+    """How early every ranking lists the categories that are looked for."""
+    if frame.empty:
+        return None
+    columns = [("run", False), ("task", False), ("area", True), ("chance", True)]
+    columns += [("among as many", True), ("in the first 5 %", True)]
+    rows = []
+    for row in frame.to_dict("records"):
+        area, chance = (f"{row[name]:.3f}" for name in ("average_precision", "chance"))
+        shares = [Cell(percent(row[name])) for name in ("precision", "found_first")]
+        names = [_run_cell(study, row["run"]), Cell(row["task"])]
+        rows.append([*names, Cell(area), Cell(chance), *shares])
     return Grid(columns, rows)
 
 

@@ -415,9 +415,10 @@ def agreement(study: Study) -> pd.DataFrame:
         for i, first in enumerate(ranked):
             for second in ranked[i:]:
                 pair = ranks[[first.name, second.name]].dropna() if first is not second else ranks
-                value = (
-                    float(pair[first.name].corr(pair[second.name])) if first is not second else 1.0
-                )
+                value = 1.0
+                if first is not second:  # ranked anew: a prefilter leaves other examples out
+                    again = pair.rank()
+                    value = float(again[first.name].corr(again[second.name]))
                 rows.append([task, first.name, second.name, value, len(pair)])
     return pd.DataFrame(rows, columns=["task", "run_a", "run_b", "spearman", "n"])
 

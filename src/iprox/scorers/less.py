@@ -1,7 +1,8 @@
 """LESS: mean cosine of an example's Adam direction to the gradients of a task's queries.
 
 arXiv:2402.04333. Directions and gradients are randomly projected; the mean is taken within each
-subtask, and the largest of the subtasks counts.
+subtask, summed over checkpoints by their learning rates where influence is, and the largest of the
+subtasks counts.
 """
 
 from __future__ import annotations

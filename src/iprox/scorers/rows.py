@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from iprox.errors import ArtifactError
 from iprox.scorers import Corpus, Scores
-from iprox.stages.feature_store import open_scored
+from iprox.stages.ranking import open_checkpoints, score_all
 from iprox.store.job import Job
 
 
 def mean_cosines(job: Job, corpus: Corpus) -> Scores:
-    """Mean cosines of every example to a task's queries, read block by block.
+    """Mean cosines of every example to a task's queries, summed over checkpoints if there are some.
 
     Args:
         job: Has the parents ``features`` and ``query/<task>``, and ``influence.val_agg``.
@@ -20,20 +18,12 @@ def mean_cosines(job: Job, corpus: Corpus) -> Scores:
     Raises:
         ArtifactError: The rows are of other settings, or of another pool.
     """
-    parts: dict[str, list[np.ndarray]] = {}
-    examples = 0
-    for block in open_scored(job, "features", "query").blocks():
-        if not block.example_id.equals(corpus.ids.slice(examples, len(block.example_id))):
-            raise ArtifactError(
-                "the features are of other examples than the pool's",
-                where=job.parents["features"],
-                fix="delete this artifact's folder and run Snakemake again",
-            )
-        examples += len(block.example_id)
-        for task, scores in block.scores("cosine").items():
-            parts.setdefault(task, []).append(scores)
-    if examples != len(corpus.ids):
+    ids, scores = score_all(open_checkpoints(job), "cosine")
+    if not ids.equals(corpus.ids):
         raise ArtifactError(
-            "the features lack examples of the pool", value=f"{examples} of {len(corpus.ids)}"
+            "the features are of other examples than the pool's",
+            where=job.parents["features"],
+            value=f"{len(ids)} examples, where the pool has {len(corpus.ids)}",
+            fix="delete this artifact's folder and run Snakemake again",
         )
-    return Scores({task: np.concatenate(found) for task, found in parts.items()})
+    return Scores(scores)

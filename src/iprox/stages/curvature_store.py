@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iprox.engine.curvature import WhitenedNorms
 from iprox.errors import ArtifactError
-from iprox.numerics.kfac import Eigenbasis, LayerCurvature
+from iprox.numerics.ghost import widen
+from iprox.numerics.kfac import Damping, Eigenbasis, LayerCurvature
+from iprox.stages.passes import Reader, fingerprint
+from iprox.stages.queries import check_origin
 from iprox.store.arrays import open_store
+from iprox.store.job import Job
+from iprox.study.schema import CurvatureSection
 
 VALUES = {"inputs": "input_values", "output_grads": "grad_values"}
 """Group of the eigenvectors of one kind of second moment -> group of its eigenvalues."""
@@ -97,17 +103,38 @@ class CurvatureStore:
         vectors = [torch.from_numpy(block).to(device, dtype) for block in blocks]
         return Eigenbasis(vectors, values.to(device, dtype))
 
-    def layer(self, name: str, device: torch.device) -> LayerCurvature:
+    def layer(
+        self, name: str, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> LayerCurvature:
         """Curvature of one layer, with corrected eigenvalues when there are any."""
-        grads = self.basis("output_grads", name, device)
-        inputs = self.basis("inputs", self.sites[name], device)
+        grads = self.basis("output_grads", name, device, dtype)
+        inputs = self.basis("inputs", self.sites[name], device, dtype)
         attrs = self.bases.attrs
         per_example = attrs["tokens"][name] / attrs["examples"]
         corrected = None
         if self.squares:
             examples = sum(part.attrs["examples"] for part in self.squares)
-            corrected = (summed(self.squares, f"sums/{name}") / examples).float().to(device)
+            corrected = (summed(self.squares, f"sums/{name}") / examples).to(device, dtype)
         return LayerCurvature(name, grads, inputs, per_example, corrected)
+
+
+def whitened_norms(job: Job, reader: Reader, reduction: str) -> WhitenedNorms:
+    """Norms by the curvature among a job's parents, with the job's damping, all layers in memory.
+
+    Raises:
+        ArtifactError: The curvature is of another model, of other layers or of another loss.
+        NumericsError: It cannot be inverted.
+    """
+    section = job.section(CurvatureSection, "curvature")
+    store = open_curvature(job.parents["curvature"], job.parents.get("eigenvalues"))
+    layers = {n: [m.out_features, m.in_features] for n, m in reader.layers.items()}
+    about = {"layers": layers, "loss_reduction": reduction, "model": fingerprint(reader.layers)}
+    check_origin(about, store.bases.attrs, store.path)
+    curvatures = {
+        name: store.layer(name, reader.device, widen(layer.weight[:0]).dtype)
+        for name, layer in reader.layers.items()
+    }
+    return WhitenedNorms(curvatures, store.sites, Damping(section.damping, section.damping_mode))
 
 
 def open_curvature(folder: Path, squares: Path | None = None) -> CurvatureStore:

@@ -19,8 +19,10 @@ from iprox.study.schema import CurvatureSection
 
 
 def make(job: Job) -> Metrics:
-    """Write ``query.zarr`` in the layout of stage ``query``.
+    """Write ``query.zarr`` in the layout of stage ``query``, and ``half_norms`` beside ``norms``.
 
+    ``half_norms`` (groups,) are ``sqrt(<v, P v>)``, the norms of the query gradients in the metric
+    in which the score is an inner product; NaN where P is none.
     Of the root attributes ``estimator`` and ``damping`` are its settings, and
     ``layer_damping`` the damping of every layer as a number.
 
@@ -46,17 +48,21 @@ def make(job: Job) -> Metrics:
     settings = {"amount": section.damping, "mode": section.damping_mode}
     about |= {"estimator": name, "damping": settings, **getattr(precondition, "about", {})}
     store = create_query_store(job.out / "query.zarr", layers, groups, about)
-    squares = np.zeros(len(groups))
+    squares, halves = np.zeros((2, len(groups)))
     dampings: dict[str, float] = {}
     with track(len(layers), "layers", name) as progress:
         for layer in layers:
             gradients = torch.from_numpy(query[f"gradients/{layer}"][...])
             changed, dampings[layer] = precondition(layer, gradients)
-            squares += changed.double().square().sum((1, 2)).cpu().numpy()
+            wide, v = changed.double().cpu(), gradients.double()
+            squares += wide.square().sum((1, 2)).numpy()
+            halves += (wide * v).sum((1, 2)).numpy()
             store[f"gradients/{layer}"][...] = changed.float().cpu().numpy()
             progress.advance(1)
     norms = [norm_of(float(s), group) for s, group in zip(squares, groups, strict=True)]
     put(store, "norms", np.array(norms), ("groups",))
+    with np.errstate(invalid="ignore"):
+        put(store, "half_norms", np.sqrt(halves), ("groups",))
     store.attrs["layer_damping"] = dampings
     passed: Metrics = getattr(precondition, "metrics", {})
     return {**passed, "groups": len(groups), "layers": len(layers)}

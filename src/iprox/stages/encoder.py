@@ -86,6 +86,8 @@ def make(job: Job) -> Metrics:
     queries; ``per_anchor``: its mean over single queries), ``value``, ``low`` and ``high`` (95 %
     bootstrap interval over candidates), ``n_queries`` and ``n_candidates``.
 
+    A killed job goes on after the last epoch it kept, to the same bytes.
+
     Returns:
         Counts, and the held-out agreement before and after.
 
@@ -100,7 +102,8 @@ def make(job: Job) -> Metrics:
     parts = divide(taught, heldout, section)
     _check_lengths(encoder, parts, section.max_cut)
     untrained = quality(encoder, parts, "untrained")
-    done = distil(encoder, _lesson(encoder, parts["train"]), _validator(encoder, parts), section)
+    lesson, validate = _lesson(encoder, parts["train"]), _validator(encoder, parts)
+    done = distil(encoder, lesson, validate, section, job.progress)
     trained = quality(encoder, parts, "trained")
     encoder.save(job.out)
     table = pd.DataFrame(untrained + trained)

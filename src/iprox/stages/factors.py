@@ -135,12 +135,13 @@ def choose_ranks(spectra: Mapping[str, Spectrum], proxy: ProxySection) -> dict[s
 def _warn_of_units(decomposition: Mapping[str, Any]) -> None:
     """Say so when layers' errors are not in one unit, so that a common budget means little."""
     about_loss = decomposition.get("kind", "ipsvd") == "ipsvd"
-    about_loss &= decomposition.get("whiten", "both") == "both"
+    about_loss &= decomposition.get("whiten", "both") != "inputs"
     about_loss &= decomposition.get("objective", "tracin") == "tracin"
     if not about_loss:
         log.warning(
-            "proxy.rank_allocation global compares errors that are not changes of the loss: only "
-            "proxy.kind ipsvd with whiten both and objective tracin makes them that"
+            "proxy.rank_allocation global compares errors that are not changes of the loss or of "
+            "scores: only proxy.kind ipsvd with whiten both or queries and objective tracin makes "
+            "them that"
         )
 
 

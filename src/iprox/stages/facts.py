@@ -3,8 +3,8 @@
 A tiny model learns a made-up corpus of facts, then to answer questions about half of them. The
 other half are the queries, and the documents that state a fact are its sources (the task of
 multi-stage influence functions, arXiv:2505.05017, at a size where both trainings can be repeated).
-Ground truth besides the sources: what leaving a fact's documents out of *both* trainings really
-does to the loss of every query.
+Ground truth besides the sources: what leaving the documents of half of the queries' facts out of
+*both* trainings really does to the loss of every query.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from iprox.data.chat import Encoded, encode, pad_id
+from iprox.data.chat import IGNORED, Encoded, completion_ids, pad_id
 from iprox.data.facts import Document, Fact, draw_corpus, draw_facts
 from iprox.engine.attribution import Attribution
 from iprox.engine.loss import hidden_states
@@ -35,7 +35,7 @@ from iprox.progress import track
 from iprox.stages.small import in_batches, losses_of
 from iprox.store.job import Job, Metrics
 from iprox.store.tables import write_table
-from iprox.study.schema import ChatSection, FactsSection, LayersSection
+from iprox.study.schema import FactsSection, LayersSection
 from iprox.training.sft import fine_tune
 
 K = 10
@@ -51,10 +51,17 @@ class Trained(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """One method's scores (documents, queries), and the operations they took."""
+    """One method's scores (documents, queries), and the operations they took.
+
+    Attributes:
+        scores: Scores; of gradients, inner products.
+        flops: Operations.
+        cosines: Of gradients, the same over both norms: long gradients are not rewarded.
+    """
 
     scores: np.ndarray
     flops: float
+    cosines: np.ndarray | None = None
 
 
 class Setting:
@@ -72,12 +79,12 @@ class Setting:
     def __init__(self, section: FactsSection, seed: int) -> None:
         self.section, self.seed = section, seed
         self.facts: list[Fact] = draw_facts(section.people, seed)
-        self.documents: list[Document] = draw_corpus(self.facts, seed)
+        half = len(self.facts) // 2
+        self.documents: list[Document] = draw_corpus(self.facts, half, seed)
         texts = [d.text for d in self.documents] + [f.question for f in self.facts]
         self.tokenizer = small_tokenizer(texts, section.vocabulary)
         self.corpus = [self._document(d.text, f"d{i}") for i, d in enumerate(self.documents)]
         questions = [self._question(fact, f"q{i}") for i, fact in enumerate(self.facts)]
-        half = len(questions) // 2
         self.learned, self.queries = questions[:half], questions[half:]
 
     @property
@@ -111,24 +118,23 @@ class Setting:
 
     def _document(self, text: str, name: str) -> Encoded:
         end = self.tokenizer.eos_token_id
-        ids = [end, *self.tokenizer(text, add_special_tokens=False)["input_ids"], end]
+        ids = [end, *completion_ids(text, self.tokenizer), end]
         return Encoded(ids, list(ids), example_id=name)
 
     def _question(self, fact: Fact, name: str) -> Encoded:
-        turns = [
-            {"role": "user", "content": fact.question},
-            {"role": "assistant", "content": fact.value},
-        ]
-        chat = ChatSection(max_length=self.section.max_length)
-        return encode(turns, self.tokenizer, chat.template, chat.max_length, example_id=name)
+        """A question in the form of the corpus's texts, with a loss on its answer."""
+        asked = [self.tokenizer.eos_token_id, *completion_ids(fact.question, self.tokenizer)]
+        answer = completion_ids(f" {fact.value}.", self.tokenizer)
+        return Encoded(asked + answer, [IGNORED] * len(asked) + answer, example_id=name)
 
 
 def make(job: Job) -> Metrics:
-    """Write ``methods.parquet``: ``method, mrr, recall, agreement, flops``.
+    """Write ``methods.parquet``: ``method, mrr, mrr_cosine, recall, agreement, flops``.
 
-    ``mrr`` and ``recall`` (among the first 10) are means over queries. ``agreement`` is the mean
-    over queries of the Spearman correlation, over facts left out, of what their documents' scores
-    add up to and what leaving them out did to the query's loss.
+    ``mrr`` and ``recall`` (among the first 10) are means over queries, ``mrr_cosine`` is the former
+    by cosines of gradients, for methods that compare them. ``agreement`` is the mean
+    over queries of the Spearman correlation, over groups of documents left out, of what the group's
+    scores add up to and what leaving it out did to the query's loss.
 
     Returns:
         Counts, and the loss of the queries before and after the second training.
@@ -140,12 +146,14 @@ def make(job: Job) -> Metrics:
     groups, effects = leave_out(setting, trained, section.left_out)
     sources = setting.sources()
     rows = []
-    for name, (scores, operations) in found.items():
+    for name, (scores, operations, cosines) in found.items():
+        ranked = scores if cosines is None else cosines
         sums = np.stack([scores[group].sum(axis=0) for group in groups])  # (groups, queries)
         rows.append(
             {
                 "method": name,
                 "mrr": float(reciprocal_ranks(scores, sources).mean()),
+                "mrr_cosine": float(reciprocal_ranks(ranked, sources).mean()),
                 "recall": float(recall_at(K, scores, sources).mean()),
                 "agreement": float(np.nanmean(spearman(sums.T, effects.T))),
                 "flops": operations,
@@ -167,17 +175,23 @@ def make(job: Job) -> Metrics:
 
 
 def leave_out(setting: Setting, trained: Trained, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """What leaving a fact's documents out of both trainings does.
+    """What leaving documents out of both trainings does.
+
+    Groups come in pairs: all statements of a random half of the queries' facts, and all of the
+    other half.
 
     Returns:
         Which documents each group is, (groups, documents), and by how much the loss of every
         query grew without them, (groups, queries).
     """
     stated = np.array([document.fact for document in setting.documents])
-    groups = np.stack([stated == fact for fact in list(setting.asked)[:n]])
+    rng, halves = np.random.default_rng(setting.seed), list[np.ndarray]()
+    while len(halves) < n:
+        halves += np.array_split(rng.permutation(list(setting.asked)), 2)
+    groups = np.stack([np.isin(stated, half) for half in halves[:n]])
     whole = losses_of(trained.finetuned, setting.tokenizer, setting.queries)
     effects = []
-    with track(len(groups), "facts", "left out") as progress:
+    with track(len(groups), "groups", "left out") as progress:
         for group in groups:
             kept = [e for e, gone in zip(setting.corpus, group, strict=True) if not gone]
             again = setting.train(kept).finetuned
@@ -220,14 +234,19 @@ def all_methods(setting: Setting, trained: Trained, damping: Damping) -> dict[st
     found = {
         "BM25": Scored(words_in_common(setting), 0.0),
         "RepSim": Scored(*similar_states(setting, trained.finetuned)),
-        "GradDot": Scored(single.influences(single.query_gradients).dots.numpy(), scoring),
+        "GradDot": _scored(single, single.query_gradients, scoring),
     }
     for kind, name in (("kfac", "K-FAC"), ("ekfac", "EK-FAC")):
-        dots = single.influences(single.directions(kind, damping)).dots.numpy()
-        found[f"{name}, one stage"] = Scored(dots, scoring + fitting[kind])
-        dots = first.influences(solved(kind)).dots.numpy()
-        found[f"{name}, two stages"] = Scored(dots, scoring + both[kind])
+        one = single.directions(kind, damping)
+        found[f"{name}, one stage"] = _scored(single, one, scoring + fitting[kind])
+        found[f"{name}, two stages"] = _scored(first, solved(kind), scoring + both[kind])
     return found
+
+
+def _scored(at: Attribution, directions: dict[str, Tensor], operations: float) -> Scored:
+    """Documents scored at a model against directions."""
+    found = at.influences(directions)
+    return Scored(found.dots.numpy(), operations, found.cosines.numpy())
 
 
 def costs(setting: Setting, model: Any) -> tuple[float, dict[str, float], dict[str, float]]:

@@ -133,7 +133,7 @@ class LayerDots:
             own = np.flatnonzero(owners == task)
             best = own[matrix[:, own].argmax(axis=1)]
             parts = self.dots[np.arange(len(best)), best].astype(np.float64)
-            if score == "cosine":
+            if score != "dot":
                 norms = np.where(features.norms > 0, features.norms, np.inf)
                 parts /= (norms * features.query_norms[best])[:, None]
             found[task] = parts

@@ -8,27 +8,32 @@ shard's rows are in pool order whatever the batches were, and all shards togethe
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
-from iprox.engine.scoring import Scorer
+from iprox.engine.scoring import LayerNorms, Scorer
 from iprox.models.device import dtype_of
 from iprox.models.flops import load_of, network_of
 from iprox.models.layers import replaced_layer
 from iprox.numerics import flops
 from iprox.progress import Track, track
+from iprox.stages.curvature_store import whitened_norms
 from iprox.stages.feature_store import PER_EXAMPLE, Features
 from iprox.stages.passes import Reader, column_blocks, free_bytes, model_sizes, open_reader
 from iprox.stages.queries import Columns, Queries, open_queries
-from iprox.stages.sketches import make_sketches
+from iprox.stages.sketches import left_out, make_sketches
 from iprox.stages.texts import Texts, pool_ids, pool_texts, split_ids
 from iprox.store.arrays import create_store, put
 from iprox.store.job import Job, Metrics
-from iprox.study.schema import ChatSection, InfluenceSection
+from iprox.store.tables import read_arrow
+from iprox.study.schema import ChatSection, InfluenceSection, PrefilterSection
 
 log = logging.getLogger(__name__)
 
@@ -56,29 +61,32 @@ def make(job: Job) -> Metrics:
         NumericsError: A loss or gradient is not finite; names the example and layer.
     """
     reader, ids = open_reader(job, "model"), example_ids(job)
+    own = own_ids(job, ids)
     if "features" in job.params:
-        return make_sketches(job, reader, ids)
+        return make_sketches(job, reader, ids, own)
     shapes = {n: (layer.out_features, layer.in_features) for n, layer in reader.layers.items()}
-    queries = open_queries(job.roles("query"), shapes)
-    start, stop = job.rows or (0, len(ids))
-    texts = pool_texts(
-        job.parents["pool"], ids[start:stop], reader.tokenizer, job.section(ChatSection, "chat")
-    )
     influence = job.section(InfluenceSection, "influence")
+    half = "curvature" in job.parents  # norms by the curvature, of queries as of examples
+    queries = open_queries(job.roles("query"), shapes, "half_norms" if half else "norms")
+    norms = whitened_norms(job, reader, influence.loss_reduction) if half else None
+    chat = job.section(ChatSection, "chat")
+    texts = pool_texts(job.parents["pool"], own, reader.tokenizer, chat)
     layers = dense_layers(reader.layers)[0]
     # of all examples, not the shard's: one shard must not decide otherwise than the next
     fits = 4 * len(ids) * len(queries.columns) * len(layers) <= LAYER_DOTS_BYTES
-    scored = score_texts(reader, queries, texts, influence, keep_layers=fits)
+    scored = score_texts(reader, queries, texts, influence, keep_layers=fits, norms=norms)
     features = scored.features
     network, load = network_of(reader.model, reader.layers), load_of(texts.encoded)
-    n_queries = len(queries.columns)
+    n_queries, rank = len(queries.columns), influence.query_rank
+    work = partial(flops.features, network, load, n_queries, query_rank=rank, whitened=half)
     store = create_store(
         job.out / "shard.zarr",
         {
             **model_sizes(reader),
-            "flops": flops.features(network, load, n_queries, query_rank=influence.query_rank),
+            "flops": work(),
             "kernels": scored.kernels,
             "loss_reduction": influence.loss_reduction,
+            "prefiltered": left_out(job, ids, own),
             "queries": queries.about(),
             "query_dtype": influence.query_dtype,
             "query_rank": influence.query_rank,
@@ -98,9 +106,29 @@ def make(job: Job) -> Metrics:
     return {
         **texts.counts(),
         "passes": scored.n_passes,
+        "prefiltered": left_out(job, ids, own),
         "skipped": len(scored.skipped),
-        "flops": flops.features(network, load, n_queries, scored.n_passes, influence.query_rank),
+        "flops": work(passes=scored.n_passes),
     }
+
+
+def own_ids(job: Job, ids: list[str]) -> list[str]:
+    """The examples of ``job.rows``, all when absent, but those that a prefilter leaves out.
+
+    Kept are the first of each task's ranking by the prefilter, in the share of the pool that
+    ``prefilter.keep`` says; one that any task keeps is scored for all.
+    """
+    start, stop = job.rows or (0, len(ids))
+    own = ids[start:stop]
+    if "prefilter" not in job.parents:
+        return own
+    keep = max(1, math.floor(job.section(PrefilterSection, "prefilter").keep * len(ids)))
+    first = pc.field("rank") <= keep
+    ranking = read_arrow(job.parents["prefilter"] / "ranking.parquet", ["example_id"], first)
+    kept = set(ranking["example_id"].to_pylist())
+    passed = [name for name in own if name in kept]
+    log.info("prefilter: %d of %d examples are scored", len(passed), len(own))
+    return passed
 
 
 def example_ids(job: Job) -> list[str]:
@@ -148,8 +176,9 @@ def score_texts(
     texts: Texts,
     influence: InfluenceSection,
     keep_layers: bool = False,
+    norms: LayerNorms | None = None,
 ) -> Scored:
-    """Score encoded examples against all queries.
+    """Score encoded examples against all queries; ``norms`` as for a :class:`Scorer`.
 
     When the query gradients of all columns do not fit in memory together, the examples are
     passed several times, each time against a block of columns.
@@ -182,6 +211,7 @@ def score_texts(
                 query_rank=influence.query_rank,
                 query_dtype=dtype_of(influence.query_dtype),
                 skip_nonfinite=influence.on_nonfinite == "skip",
+                norms=norms,
             )
             _fill(scored, scorer, reader, texts, scorable, block, progress)
             scored.kernels = scorer.kernels()

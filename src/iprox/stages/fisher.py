@@ -49,11 +49,12 @@ def read_fisher(job: Job, reader: Reader) -> Fisher:
 
     Raises:
         ArtifactError: The split is not a fisher split, or an id of it is not in the pool.
+        DataError: A label is not one of the classifier's.
     """
     ids = split_ids(job.parents["split"], "fisher")
     start, stop = job.rows or (0, len(ids))
     chat = job.section(ChatSection, "chat")
-    texts = pool_texts(job.parents["pool"], ids[start:stop], reader.tokenizer, chat)
+    texts = pool_texts(job.parents["pool"], ids[start:stop], reader.tokenizer, chat, reader.labels)
     return Fisher(reader, texts, [e for e in texts.encoded if e.supervised])
 
 

@@ -14,6 +14,7 @@ from iprox.data.batches import collate, token_batches
 from iprox.data.chat import Encoded, pad_id
 from iprox.engine.loss import Batch
 from iprox.engine.scoring import batch_tokens
+from iprox.models.classifier import class_ids
 from iprox.models.device import dtype_of, pick_device
 from iprox.models.layers import scored_linears
 from iprox.models.load import load_model, load_tokenizer
@@ -23,19 +24,34 @@ from iprox.study.schema import LayersSection
 
 
 class Reader(NamedTuple):
-    """A frozen model, its tokenizer, and the linear layers that count."""
+    """A frozen model, its tokenizer, and the linear layers that count.
+
+    Attributes:
+        model: A causal LM, or a classifier.
+        tokenizer: Its tokenizer.
+        layers: Layers that count.
+        device: Where it is.
+    """
 
     model: Any
     tokenizer: Any
     layers: dict[str, nn.Linear]
     device: torch.device
 
+    @property
+    def labels(self) -> dict[str, int] | None:
+        """Label -> its number, of a classifier; None of a causal LM."""
+        return class_ids(self.model)
+
     def batches(self, encoded: Sequence[Encoded]) -> Iterator[tuple[list[int], Batch]]:
         """Batches of similar length on the model's device, each with its examples' indices."""
         lengths = [len(e) for e in encoded]
         for indices in token_batches(lengths, batch_tokens(self.device)):
             tensors = collate([encoded[i] for i in indices], pad_id(self.tokenizer))
-            yield indices, Batch(*tensors).to(self.device)
+            batch = Batch(*tensors).to(self.device)
+            if self.labels is not None:  # the last place is the label's, and holds no token
+                batch = batch._replace(lengths=batch.lengths - 1)
+            yield indices, batch
 
 
 def open_reader(job: Job, role: str) -> Reader:

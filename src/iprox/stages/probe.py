@@ -18,6 +18,8 @@ from iprox.numerics.ranks import rank_for
 from iprox.numerics.sampling import stratified_positions
 from iprox.progress import track
 from iprox.stages.passes import Reader, free_bytes, layer_groups, open_reader
+from iprox.stages.queries import open_queries
+from iprox.stages.tangents import directions_of, record_tangents
 from iprox.stages.texts import Texts, pool_texts, split_ids
 from iprox.store.arrays import create_store, put
 from iprox.store.job import Job, Metrics
@@ -52,7 +54,12 @@ def make(job: Job) -> Metrics:
     positions = draw(usable.encoded, section, wanted)
     n_tokens = sum(map(len, positions))
     sites = _sites(reader, usable.encoded)
+    asked = job.roles("query")
+    shapes = {n: (layer.out_features, layer.in_features) for n, layer in reader.layers.items()}
+    queries = open_queries(asked, shapes) if asked else None
+    coefficients = directions_of(queries, section.seed) if queries else np.ones((0, 0))
     counts = {
+        "directions": len(coefficients),
         "tokens": n_tokens,
         "tokens_requested": wanted,
         "sequences": len(usable.encoded),
@@ -77,11 +84,19 @@ def make(job: Job) -> Metrics:
     put(store, "example_id", ids.astype(str), ("tokens",))
     put(store, "position", np.concatenate(positions), ("tokens",))
     budget = free_bytes(torch.device("cpu")) // 2
-    groups = list(layer_groups(_row_bytes(reader.layers, sites, n_tokens), sites, budget))
-    with track(len(groups) * len(usable.encoded), "sequences", "probe") as progress:
+    per_input = max(1, len(coefficients))
+    sizes = _row_bytes(reader.layers, sites, n_tokens, per_input)
+    groups = list(layer_groups(sizes, sites, budget))
+    passes = len(groups) * (1 + len(coefficients))
+    with track(passes * len(usable.encoded), "sequences", "probe") as progress:
         for names in groups:
             layers = {name: reader.layers[name] for name in names}
-            rows = record(reader, layers, sites, usable.encoded, positions, influence, progress)
+            drawn = (usable.encoded, positions)
+            rows = record(reader, layers, sites, *drawn, influence, progress)
+            if queries:
+                rows |= record_tangents(
+                    reader, sites, names, *drawn, queries, coefficients, progress
+                )
             for name, array in rows.items():
                 put(store, name, array, ("tokens", "in" if name.startswith("inputs/") else "out"))
     if n_tokens < wanted:
@@ -89,10 +104,11 @@ def make(job: Job) -> Metrics:
     load = load_of(usable.encoded)
     return {
         **counts,
-        "passes": len(groups),
+        "passes": passes,
         "tokens_passed": int(load.tokens),
         "supervised": int(load.supervised),
-        "flops": flops.probe(network_of(reader.model, reader.layers), load, len(groups)),
+        "flops": len(groups)
+        * flops.probe(network_of(reader.model, reader.layers), load, len(coefficients)),
     }
 
 
@@ -197,12 +213,12 @@ def _sites(reader: Reader, encoded: list[Encoded]) -> dict[str, str]:
 
 
 def _row_bytes(
-    layers: Mapping[str, nn.Linear], sites: Mapping[str, str], tokens: int
+    layers: Mapping[str, nn.Linear], sites: Mapping[str, str], tokens: int, per_input: int
 ) -> dict[str, float]:
-    """Bytes of every layer's rows; layers of one site share their inputs."""
+    """Bytes of every layer's rows, of inputs several at a position; a site's layers share them."""
     return {
         name: 4.0
         * tokens
-        * (layer.out_features + (layer.in_features if sites[name] == name else 0))
+        * (layer.out_features + (per_input * layer.in_features if sites[name] == name else 0))
         for name, layer in layers.items()
     }

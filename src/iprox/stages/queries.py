@@ -135,13 +135,16 @@ def check_origin(query: Mapping[str, Any], found: Mapping[str, Any], where: Path
 
 
 def open_queries(
-    folders: Mapping[str, Path], layers: Mapping[str, tuple[int, int]] | None = None
+    folders: Mapping[str, Path],
+    layers: Mapping[str, tuple[int, int]] | None = None,
+    norms_name: str = "norms",
 ) -> Queries:
     """Open the query stores of all tasks.
 
     Args:
         folders: Task -> folder of its query artifact.
         layers: Layer -> (out, in) of the model that scores; those of the first task when absent.
+        norms_name: Array of their norms: ``norms``, or ``half_norms`` of a direction.
 
     Raises:
         ConfigError: There is no task.
@@ -169,7 +172,7 @@ def open_queries(
         groups = [str(g) for g in store["group"][:]]
         by_subtask = settings["val_agg"] == "subtask_max"
         columns += [f"{task}/{group}" if by_subtask else task for group in groups]
-        norms += store["norms"][:].tolist()
+        norms += store[norms_name][:].tolist()
         places += [(s, g) for g in range(len(groups))]
     sizes = {name: (int(out), int(inn)) for name, (out, inn) in shapes.items()}
     return Queries(columns, np.array(norms), places, stores, sizes, settings)

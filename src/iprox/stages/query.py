@@ -40,12 +40,13 @@ def make(job: Job) -> Metrics:
         Counts of queries, groups, tokens and supervised tokens, and FLOPs.
 
     Raises:
-        DataError: No query has a supervised token.
+        DataError: No query has a supervised token, or its label is not one of the classifier's.
         NumericsError: A loss or gradient is not finite, or a mean gradient is zero.
     """
     influence = job.section(InfluenceSection, "influence")
     reader = open_reader(job, "model")
-    texts = query_texts(job.parents["task"], reader.tokenizer, job.section(ChatSection, "chat"))
+    chat = job.section(ChatSection, "chat")
+    texts = query_texts(job.parents["task"], reader.tokenizer, chat, reader.labels)
     groups = group_queries(texts.supervised_only(), influence.val_agg)
     store = create_query_store(
         job.out / "query.zarr",

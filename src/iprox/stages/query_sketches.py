@@ -8,7 +8,7 @@ from iprox.engine.sketching import Sketcher
 from iprox.errors import NumericsError
 from iprox.stages.passes import open_reader
 from iprox.stages.query_rows import write_rows
-from iprox.stages.sketches import attributes, build_sketch, sketch_texts, unit_rows
+from iprox.stages.sketches import attributes, sketch_of, sketch_texts, unit_rows
 from iprox.stages.texts import query_texts
 from iprox.store.job import Job, Metrics
 from iprox.study.schema import ChatSection, FeaturesSection, InfluenceSection
@@ -31,8 +31,7 @@ def make(job: Job) -> Metrics:
     reader = open_reader(job, "model")
     every = query_texts(job.parents["task"], reader.tokenizer, job.section(ChatSection, "chat"))
     texts = every.supervised_only()
-    shapes = {n: (layer.out_features, layer.in_features) for n, layer in reader.layers.items()}
-    sketch = build_sketch(section, shapes, reader.device)
+    sketch = sketch_of(job, reader, section, trained="model")
     sketcher = Sketcher(reader.model, reader.layers, sketch, reduction)
     found = sketch_texts(reader, sketcher, texts.encoded)
     rows, norms = unit_rows(found.rows, "float32")

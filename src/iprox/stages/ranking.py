@@ -37,13 +37,14 @@ SCHEMA = pa.schema(
 def make(job: Job) -> Metrics:
     """Write ``ranking.parquet``: ``task, rank, example_id, score``, sorted by task and rank.
 
-    Rank 1 is the most useful example. Scores are float32 and equal ones are ranked by
+    Rank 1 is the most useful example. Examples that a prefilter left out are not there: they
+    have neither score nor rank. Scores are float32 and equal ones are ranked by
     ``example_id``. An example that cannot be scored has the score -inf and ranks last: by
     gradients one without supervised tokens or, by cosine, without a gradient.
 
     Returns:
-        Number of examples and tasks, and of examples that could not be scored; of a scorer of
-        texts also what it counts.
+        Number of examples and tasks, of examples that could not be scored, and of those that a
+        prefilter left out; of a scorer of texts also what it counts.
 
     Raises:
         ArtifactError: The features are of other tasks or settings, or incomplete.
@@ -57,8 +58,9 @@ def make(job: Job) -> Metrics:
         ids, scores, counted = score_texts(job, scorer.kind)
         settings |= {k: v for k, v in job.params["scorer"].items() if k != "kind"}
     else:
-        section = job.section(InfluenceSection, "influence")
-        ids, scores = score_all(open_checkpoints(job), section.score)
+        section, checkpoints = job.section(InfluenceSection, "influence"), open_checkpoints(job)
+        ids, scores = score_all(checkpoints, section.score)
+        counted["prefiltered"] = int(checkpoints[-1][1].count("prefiltered") or 0)
         settings |= {"influence": section.model_dump()}
         settings |= {"features": job.params["features"]} if "features" in job.params else {}
     counts: Metrics = {

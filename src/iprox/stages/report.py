@@ -9,6 +9,7 @@ from iprox.report import learned, selected, tables
 from iprox.report.artifacts import Study
 from iprox.report.figures import all_figures
 from iprox.report.formats import write_everywhere
+from iprox.report.found import found
 from iprox.report.page import render
 from iprox.store.job import Job, Metrics
 
@@ -39,6 +40,7 @@ def make(job: Job) -> Metrics:
         "examples": selected.examples(study),
         "encoders": learned.quality(study),
         "amortisation": learned.amortisation(study),
+        "found": found(study),
         "layers": tables.layers(study),
         "stages": tables.stages(study),
         "costs": tables.costs(study),

@@ -15,14 +15,20 @@ from iprox.store.tables import read_table, write_table
 
 log = logging.getLogger(__name__)
 
-QUALITIES = ("mrr", "recall", "agreement")
+QUALITIES = {
+    "mrr": "MRR",
+    "mrr_cosine": "MRR, cosine",
+    "recall": "recall@10",
+    "agreement": "agreement",
+}
+"""Columns, and what the summary calls them."""
 
 
 def make(job: Job) -> Metrics:
     """Write ``retrieval.{parquet,csv,md,tex,svg,png}``, ``seeds.parquet`` and ``summary.txt``.
 
-    ``retrieval`` has a row per method: of ``mrr``, ``recall`` and ``agreement`` the mean over
-    seeds and, as ``_low`` and ``_high``, the lowest and highest; ``flops``; ``seeds``.
+    ``retrieval`` has a row per method: of ``mrr``, ``mrr_cosine``, ``recall`` and ``agreement`` the
+    mean over seeds and, as ``_low`` and ``_high``, the lowest and highest; ``flops``; ``seeds``.
 
     Returns:
         Number of methods and seeds.
@@ -68,7 +74,7 @@ def summary(table: pd.DataFrame) -> str:
         [row["method"], *(cell(row, quality) for quality in QUALITIES), scaled(row["flops"])]
         for row in table.to_dict("records")
     ]
-    return text_table(["method", "MRR", "recall@10", "agreement", "FLOPs"], cells)
+    return text_table(["method", *QUALITIES.values(), "FLOPs"], cells)
 
 
 def draw(table: pd.DataFrame) -> Chart:

@@ -50,7 +50,8 @@ def make(job: Job) -> Metrics:
 
     Returns:
         Numbers of pool examples, examples kept (per task, unless tasks choose together),
-        distinct examples, examples without a score, and examples passed over by reason.
+        distinct examples, examples without a score, examples that a prefilter left unscored, and
+        examples passed over by reason.
 
     Raises:
         DataError: The fraction keeps nothing, fewer examples have a score or pass than are to be
@@ -66,7 +67,8 @@ def make(job: Job) -> Metrics:
     if section.count is not None:
         keep = _checked_count(section.count, n_examples)
     tally = tally_ranking(ranking_file)
-    _check_tally(tally, n_examples, keep, ranking_file)
+    prefiltered = int(read_metadata(ranking_file).get("prefiltered", 0))
+    _check_tally(tally, n_examples - prefiltered, keep, ranking_file)
     refused: Counter[str] = Counter()
     if is_plain(section):
         table = select_top(ranking_file, keep, tally)
@@ -81,6 +83,7 @@ def make(job: Job) -> Metrics:
         "selected_per_task": keep,
         "selected_distinct": int(table["example_id"].nunique()),
         "without_score": max(t.ranked - t.scored for t in tally.values()),
+        "prefiltered": prefiltered,
         "contaminated": contaminated,
         **{f"passed_over_{reason}": n for reason, n in sorted(refused.items())},
     }
@@ -229,7 +232,7 @@ def _pool_file(job: Job) -> Path:
 
 
 def _check_tally(tally: Mapping[str, Tally], n_examples: int, keep: int, where: Path) -> None:
-    """Every task must rank as many examples as the pool has, and score those to be kept.
+    """Every task must rank all examples but those prefiltered, and score those to be kept.
 
     Raises:
         ArtifactError: A task ranks more or fewer examples.
@@ -240,7 +243,7 @@ def _check_tally(tally: Mapping[str, Tally], n_examples: int, keep: int, where: 
             raise ArtifactError(
                 "ranking and pool do not hold the same examples",
                 where=f"{where}, task {task}",
-                value=f"{n.ranked} ranked, {n_examples} in the pool",
+                value=f"{n.ranked} ranked, {n_examples} in the pool that are not prefiltered",
                 fix="make the ranking again from this pool",
             )
         if n.scored < keep:
@@ -248,8 +251,8 @@ def _check_tally(tally: Mapping[str, Tally], n_examples: int, keep: int, where: 
                 "fewer examples have a score than are to be selected",
                 where=f"task {task}",
                 value=f"{n.scored} of {n.ranked} examples have a score; {keep} wanted",
-                fix="lower select.fraction, or raise chat.max_length so that responses are not "
-                "cut away",
+                fix="lower select.fraction, raise prefilter.keep, or raise chat.max_length so that "
+                "responses are not cut away",
             )
 
 

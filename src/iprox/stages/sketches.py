@@ -17,8 +17,9 @@ from iprox.data.chat import Encoded, pad_id
 from iprox.engine.geometry import gradient_gram
 from iprox.engine.loss import Batch
 from iprox.engine.sketching import Sketcher, sketch_gradients
-from iprox.models.moments import open_moments
+from iprox.models.moments import open_adapters, open_moments
 from iprox.numerics.adam import AdamSketch
+from iprox.numerics.adapters import AdapterSketch, adapter_shapes
 from iprox.numerics.correlation import spearman
 from iprox.numerics.sketch import Blockwise, CountSketch, FreshLora, Logra, RandomProjection, Sketch
 from iprox.progress import track
@@ -46,7 +47,7 @@ LARGE_ERROR = 0.15
 """Error of a cosine above which a sketch is too small for single comparisons."""
 
 
-def make_sketches(job: Job, reader: Reader, ids: list[str]) -> Metrics:
+def make_sketches(job: Job, reader: Reader, ids: list[str], own: list[str]) -> Metrics:
     """Write ``shard.zarr`` with sketches, and ``sketch.parquet`` with the first shard.
 
     Of gradients; with a section ``directions``, of the steps Adam would take on them.
@@ -58,7 +59,8 @@ def make_sketches(job: Job, reader: Reader, ids: list[str]) -> Metrics:
     Args:
         job: The features job.
         reader: The model, and the layers whose gradients are sketched.
-        ids: All examples to sketch, of which ``job.rows`` are this shard's.
+        ids: All examples, of which ``job.rows`` are this shard's.
+        own: Those of them to sketch.
 
     Returns:
         Counts of examples and tokens; with the first shard also the sketch's largest error.
@@ -69,14 +71,10 @@ def make_sketches(job: Job, reader: Reader, ids: list[str]) -> Metrics:
     section = job.section(FeaturesSection, "features")
     influence = job.section(InfluenceSection, "influence")
     reduction = influence.loss_reduction
-    shapes = {n: (layer.out_features, layer.in_features) for n, layer in reader.layers.items()}
-    sketch = build_sketch(section, shapes, reader.device)
-    if "directions" in job.params:
-        assert isinstance(sketch, Blockwise)  # the plan allows no other
-        sketch = AdamSketch(sketch, open_moments(job.parents["model"]))
-    start, stop = job.rows or (0, len(ids))
+    sketch = sketch_of(job, reader, section, trained="moments")
     about = attributes(sketch, section.dtype, reduction) | model_sizes(reader)
-    store = create_store(job.out / "shard.zarr", about)
+    counts = {"prefiltered": left_out(job, ids, own)}
+    store = create_store(job.out / "shard.zarr", about | counts)
     sketcher = Sketcher(
         reader.model,
         reader.layers,
@@ -84,10 +82,43 @@ def make_sketches(job: Job, reader: Reader, ids: list[str]) -> Metrics:
         reduction,
         skip_nonfinite=influence.on_nonfinite == "skip",
     )
-    metrics = _write_shard(job, reader, sketcher, store, ids[start:stop], section.dtype)
-    if start == 0 and section.check:
+    metrics = counts | _write_shard(job, reader, sketcher, store, own, section.dtype)
+    if (job.rows is None or job.rows[0] == 0) and section.check:
         metrics |= _check(job, reader, sketcher, ids, section)
     return metrics
+
+
+def left_out(job: Job, ids: list[str], own: list[str]) -> int:
+    """Examples among the job's rows that a prefilter leaves out.
+
+    Args:
+        job: A features job.
+        ids: All examples.
+        own: Those of ``job.rows`` that are passed.
+    """
+    start, stop = job.rows or (0, len(ids))
+    return stop - start - len(own)
+
+
+def sketch_of(job: Job, reader: Reader, section: FeaturesSection, trained: str) -> Sketch:
+    """The map that a job asks for: of gradients of weights or of LoRA's updates, or Adam's steps.
+
+    Args:
+        job: Has a section ``adapters`` for gradients of the updates, ``directions`` for steps.
+        reader: The model.
+        section: Settings of the sketch.
+        trained: Role of the parent that has the updates and the moments.
+    """
+    shapes = {n: (layer.out_features, layer.in_features) for n, layer in reader.layers.items()}
+    adapted = "adapters" in job.params
+    if adapted:
+        adapters, rank, scale = open_adapters(job.parents[trained])
+    weights = adapter_shapes(shapes, rank) if adapted else shapes
+    sketch = build_sketch(section, weights, reader.device)
+    if "directions" in job.params:
+        assert isinstance(sketch, Blockwise)  # the plan allows no other
+        sketch = AdamSketch(sketch, open_moments(job.parents[trained]))
+    return AdapterSketch(sketch, shapes, adapters, scale) if adapted else sketch
 
 
 def build_sketch(section: FeaturesSection, shapes: Mapping[str, Any], device: Any) -> Sketch:

@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 
 from iprox.data.sources import data_path
 from iprox.errors import ModelError, did_you_mean
+from iprox.models.classifier import is_classifier
 from iprox.models.device import dtype_of
 from iprox.models.gguf import PACKAGED, find_gguf, load_gguf
-from iprox.models.load import is_proxy, load_model, load_tokenizer, weight_files
+from iprox.models.load import auto_class, is_proxy, load_model, load_tokenizer, weight_files
 from iprox.store.job import Job, Metrics
 from iprox.study.schema import TargetSection
 
@@ -34,10 +35,13 @@ def make(job: Job) -> Metrics:
     Raises:
         DataError: A local folder is missing or outside ``data_dir``.
         ModelError: The model cannot be loaded, has weights that are not finite, or its
-            tokenizer does not fit.
+            tokenizer does not fit; or it sorts texts and is not the model of a second
+            training (``job.params["measured"]``), at which tasks alone are measured.
     """
     section = job.section(TargetSection, "target")
     model, tokenizer = load_target(section, job.data_dir, job.cache_dir)
+    if "measured" not in job.params:
+        refuse_classifier(model, section.model)
     model = model.to(dtype_of(section.dtype))
     check_weights(model)
     check_tokenizer(model, tokenizer)
@@ -68,6 +72,22 @@ def load_target(section: TargetSection, data_dir: Path, cache_dir: Path) -> tupl
         weight_files(folder)
         return _load_pretrained(str(folder), section, revision=None)
     return _load_pretrained(section.model, section, section.revision)
+
+
+def refuse_classifier(model: Any, name: str) -> None:
+    """Refuse a model that sorts texts where one that continues them is needed.
+
+    Raises:
+        ModelError: It is a classifier.
+    """
+    if is_classifier(model.config):
+        raise ModelError(
+            "a model that sorts texts cannot score or learn next tokens",
+            where=f"target.model, or proxy.model of a run: {name}",
+            value=type(model).__name__,
+            allowed="a causal language model",
+            fix="give a classifier as finetuned.model, for estimator multistage",
+        )
 
 
 def check_weights(model: Any) -> None:
@@ -169,12 +189,12 @@ def _refuse_proxy(folder: Path) -> None:
 
 
 def _load_pretrained(name: str, section: TargetSection, revision: str | None) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     shared = {"revision": revision, "trust_remote_code": section.trust_remote_code}
     log.info("reading %s; what is not on this machine is downloaded first", section.model)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = auto_class(name, **shared).from_pretrained(
             name,
             dtype=dtype_of(section.dtype),
             use_safetensors=True,

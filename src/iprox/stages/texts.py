@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from iprox.data.chat import Encoded, encode
+from iprox.data.labelled import encode_labelled
 from iprox.errors import ArtifactError, DataError
 from iprox.store.tables import read_arrow, read_table
 from iprox.study.schema import ChatSection
@@ -103,13 +104,27 @@ def pool_ids(folder: Path) -> list[str]:
     return sorted(read_arrow(folder / "pool.parquet", ["example_id"])["example_id"].to_pylist())
 
 
-def pool_texts(folder: Path, ids: Sequence[str], tokenizer: Any, chat: ChatSection) -> Texts:
+def pool_texts(
+    folder: Path,
+    ids: Sequence[str],
+    tokenizer: Any,
+    chat: ChatSection,
+    labels: Mapping[str, int] | None = None,
+) -> Texts:
     """Encode the pool examples ``ids``, in that order.
+
+    Args:
+        folder: The pool.
+        ids: Ids of the examples.
+        tokenizer: The model's.
+        chat: How messages become tokens.
+        labels: Of a classifier, label -> its number: the last turn is then the label of the text.
 
     Raises:
         ArtifactError: An id is not in the pool.
+        DataError: A label is not one of the classifier's.
     """
-    blocks = _encoded_blocks(folder, ids, tokenizer, chat, max(1, len(ids)))
+    blocks = _encoded_blocks(folder, ids, tokenizer, chat, max(1, len(ids)), labels)
     return _reported(Texts([e for block in blocks for e in block], []), folder)
 
 
@@ -137,15 +152,23 @@ def pool_blocks(
 
 
 def _encoded_blocks(
-    folder: Path, ids: Sequence[str], tokenizer: Any, chat: ChatSection, size: int
+    folder: Path,
+    ids: Sequence[str],
+    tokenizer: Any,
+    chat: ChatSection,
+    size: int,
+    labels: Mapping[str, int] | None = None,
 ) -> Iterator[list[Encoded]]:
     """Encoded examples in blocks; only their messages are in memory as a whole, as Arrow."""
     messages = _messages(folder / "pool.parquet", pa.array(list(ids), pa.string()))
     for start in range(0, len(ids), size):
         rows = messages[start : start + size].to_pylist()
+        pairs = zip(ids[start : start + size], rows, strict=True)
+        if labels is not None:
+            yield [encode_labelled(row, tokenizer, labels, chat.max_length, i) for i, row in pairs]
+            continue
         yield [
-            encode(row, tokenizer, chat.template, chat.max_length, example_id=i)
-            for i, row in zip(ids[start : start + size], rows, strict=True)
+            encode(row, tokenizer, chat.template, chat.max_length, example_id=i) for i, row in pairs
         ]
 
 
@@ -168,9 +191,21 @@ def _messages(pool: Path, ids: pa.Array) -> pa.ChunkedArray:
     return table["messages"].take(places)
 
 
-def query_texts(folder: Path, tokenizer: Any, chat: ChatSection) -> Texts:
-    """Encode a task's queries in the order of ``queries.parquet``; the completion is supervised."""
+def query_texts(
+    folder: Path, tokenizer: Any, chat: ChatSection, labels: Mapping[str, int] | None = None
+) -> Texts:
+    """Encode a task's queries in the order of ``queries.parquet``; the completion is supervised.
+
+    Of a classifier (``labels`` as in :func:`pool_texts`) the completion is the label.
+    """
     rows = read_arrow(folder / "queries.parquet").to_pylist()
+    subtasks = [row["subtask"] for row in rows]
+    if labels is not None:
+        labelled = [
+            encode_labelled(r["messages"], tokenizer, labels, chat.max_length, r["example_id"])
+            for r in rows
+        ]
+        return _reported(Texts(labelled, subtasks), folder)
     encoded = [
         encode(
             row["messages"],
@@ -184,7 +219,7 @@ def query_texts(folder: Path, tokenizer: Any, chat: ChatSection) -> Texts:
         )
         for row in rows
     ]
-    return _reported(Texts(encoded, [row["subtask"] for row in rows]), folder)
+    return _reported(Texts(encoded, subtasks), folder)
 
 
 def _reported(texts: Texts, folder: Path) -> Texts:

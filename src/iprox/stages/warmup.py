@@ -16,7 +16,8 @@ def make(job: Job) -> Metrics:
 
     When the job has a section ``epochs``, the weights at the end of earlier epochs are written
     too, for the stage ``checkpoint``, with the weight of each epoch as ``epochs.parquet``; with a
-    section ``moments``, Adam's moments after the last step as ``moments.safetensors``.
+    section ``moments``, Adam's moments as ``moments.safetensors`` beside the weights of the end
+    and of every epoch that is kept.
 
     It learns from the examples of the ``warmup`` split (LESS, arXiv:2402.04333).
 

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,9 @@ SHARD = "shard.zarr"
 OWNER_WRITES = stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP | stat.S_IROTH
 """Mode of outputs. Snakemake refuses to rerun a job whose outputs their owner cannot write to; what
 is edited in place all the same is found by its digest before it is used."""
+
+OF_GROUP = stat.S_IRWXG | stat.S_ISGID
+"""What of the store's mode its group may do with every result; ``S_ISGID`` keeps the group."""
 
 RATE = "_per_s"
 """How the names of metrics end that are rates."""
@@ -162,7 +166,10 @@ def run_stage(make: Make, request: Request) -> Path:
 
 def _make(make: Make, request: Request, rows: tuple[int, int] | None, kept: Path) -> None:
     """Run the stage in a scratch folder and rename the result to its key."""
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    request.store.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        kept.parent.mkdir()
+        _share(kept.parent, request.store)
     scratch = Path(tempfile.mkdtemp(prefix=f".tmp-{kept.name[:12]}-", dir=kept.parent))
     try:
         out = scratch / "out"
@@ -195,6 +202,7 @@ def _make(make: Make, request: Request, rows: tuple[int, int] | None, kept: Path
             dump_json(provenance(request, metrics, seconds)), encoding="utf-8"
         )
         _flush(out)
+        _share(out, request.store)
         try:
             out.rename(kept)
         except OSError:
@@ -207,8 +215,23 @@ def _make(make: Make, request: Request, rows: tuple[int, int] | None, kept: Path
 
 
 def _progress_folder(kept: Path) -> Path:
-    """What a killed job left for its next attempt: of the same inputs, parameters and code."""
-    return kept.with_name(f".tmp-progress-{kept.name}")
+    """What this user's killed job left for its next attempt, of equal inputs, parameters, code."""
+    return kept.with_name(f".tmp-progress-{os.getuid()}-{kept.name}")
+
+
+def _share(folder: Path, store: Path) -> None:
+    """Let the group do with a folder and all in it what it may do with the store.
+
+    Whatever this user's umask: otherwise the next user could neither read a result, nor put one
+    beside it, nor replace it when it is damaged.
+    """
+    allowed = store.stat().st_mode & OF_GROUP
+    for parent, _, names in os.walk(folder):
+        inside = Path(parent)
+        inside.chmod(stat.S_IMODE(inside.stat().st_mode) | allowed)
+        for name in names:
+            path = inside / name
+            path.chmod(stat.S_IMODE(path.stat().st_mode) | allowed & stat.S_IRGRP)
 
 
 def _usable(kept: Path) -> bool:

@@ -244,6 +244,16 @@ class WarmupSection(Section):
         0.03, ge=0, lt=1, description="Share of steps with rising learning rate."
     )
     freeze_embed_head: bool = Field(True, description="Keep token embedding and head fixed.")
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        description="Train low-rank updates of the block linears (LoRA, through peft) and merge "
+        "them in the end; scorer less then compares by their gradients, as published. 0: train "
+        "all weights.",
+    )
+    lora_alpha: float = Field(
+        16.0, gt=0, description="Scale of LoRA's updates, which is this over the rank."
+    )
     seed: int = Field(0, description="Seed of the order of examples.")
 
 
@@ -314,7 +324,8 @@ class ProxySection(Section):
         "uniform",
         description="The same sparsity in every layer, or its budget of parameters spent where it "
         "removes most of the weighted error; layers then differ in rank, and some stay dense. "
-        "Made for kind ipsvd with whiten both, where errors are changes of the loss.",
+        "Made for kind ipsvd with whiten both or queries, where errors are changes of the loss or "
+        "of scores.",
     )
     rank_rounding: Literal["ceil", "round_ceil"] = Field(
         "ceil", description="round_ceil rounds to an integer first, as the reference code does."
@@ -335,10 +346,11 @@ class ProxySection(Section):
     gauge: Literal["balanced", "paper"] = Field(
         "balanced", description="How the two factors share the scale of their product."
     )
-    whiten: Literal["both", "inputs"] = Field(
+    whiten: Literal["both", "inputs", "queries"] = Field(
         "both",
-        description="Weight errors by inputs and output gradients, or by inputs alone, as "
-        "compression by activations (SVD-LLM) does.",
+        description="Weight errors by inputs and output gradients; by inputs alone, as compression "
+        "by activations (SVD-LLM) does; or by output gradients and by how far inputs move along "
+        "the tasks' query gradients, which makes them errors of scores (passes: backward).",
     )
     objective: Literal["tracin", "influence"] = Field(
         "tracin", description="Weight errors by second moments, or by their inverses (appendix E)."
@@ -349,6 +361,15 @@ class ProxySection(Section):
     def _names_its_model(self) -> ProxySection:
         if self.kind == "model" and self.model is None:
             raise ValueError("kind model needs proxy.model: the name or folder of a smaller model")
+        return self
+
+    @model_validator(mode="after")
+    def _only_backward_factors_change_scores_alone(self) -> ProxySection:
+        if self.whiten == "queries" and (self.kind, self.passes) != ("ipsvd", "backward"):
+            raise ValueError(
+                "whiten queries needs kind ipsvd and passes: backward; factors in the forward pass "
+                "change more than what gradients pass through"
+            )
         return self
 
     @model_validator(mode="after")
@@ -443,8 +464,11 @@ class InfluenceSection(Section):
         description="Average query gradients as they are, as unit vectors, or inside each subtask "
         "with the maximum taken over subtasks.",
     )
-    score: Literal["cosine", "dot"] = Field(
-        "cosine", description="Cosine, or the plain dot product."
+    score: Literal["cosine", "dot", "half"] = Field(
+        "cosine",
+        description="Cosine of direction and gradient, or the plain dot product; half (kfac, "
+        "ekfac): the cosine of both gradients times the inverse square root of the curvature, "
+        "which takes a third product of every layer's rows.",
     )
     estimator: EstimatorName = Field(
         "tracin",
@@ -477,6 +501,12 @@ class InfluenceSection(Section):
         description="An example whose loss or gradient is not finite stops the job, or is left "
         "out of the ranking, counted and listed.",
     )
+
+    @model_validator(mode="after")
+    def _half_of_a_curvature(self) -> InfluenceSection:
+        if self.score == "half" and self.estimator not in ("kfac", "ekfac"):
+            raise ValueError("score half needs estimator kfac or ekfac: there is no curvature else")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -519,6 +549,23 @@ class CurvatureSection(Section):
     seed: int = Field(0, description="Seed of sampled labels.")
 
 
+class PrefilterSection(Section):
+    """A cheap scorer that leaves most of the pool out of scoring by gradients.
+
+    Read by runs that score by gradients. What it leaves out has no score and no rank.
+    """
+
+    by: Literal["none", "tfidf", "bm25", "dsir", "repsim", "embedding"] = Field(
+        "none",
+        description="Score all of the pool; or the examples that a scorer of this name ranks "
+        "first, with the keys of the section scorer (embedding: cosine of the published text "
+        "encoder of the section encoder).",
+    )
+    keep: Fraction = Field(
+        0.2, description="Share of the pool kept for each task; all tasks score what one keeps."
+    )
+
+
 class FinetunedSection(Section):
     """What the target was fine-tuned on after the pool, for the estimator multistage.
 
@@ -529,8 +576,9 @@ class FinetunedSection(Section):
     pool: PoolSection | None = Field(None, description="Examples of the fine-tuning.")
     model: str | None = Field(
         None,
-        description="The fine-tuned model, named as target.model is; absent: the study fine-tunes "
-        "the warmed-up target itself.",
+        description="The fine-tuned model, named as target.model is: a causal LM, or a classifier "
+        "of texts, whose pool and tasks then have labels as responses. Absent: the study "
+        "fine-tunes the warmed-up target itself.",
     )
     revision: str | None = Field(None, description="Hub commit or tag of model.")
     examples: Size = Field(1.0, description="Examples of this pool that are trained on.")
@@ -814,6 +862,11 @@ class ReportSection(Section):
     """What the report shows. Nothing here changes a result."""
 
     examples: int = Field(10, ge=1, le=100, description="Best and worst examples shown per task.")
+    find: list[str] = Field(
+        default=[],
+        description="Categories of the pool that rankings are judged by how early they list, as "
+        "when unsafe examples are to be filtered out.",
+    )
 
 
 class SyntheticSection(Section):
@@ -883,7 +936,9 @@ class FactsSection(SmallModelSection):
     epochs: float = Field(10.0, gt=0, description="Passes over the questions.")
     lr: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW there.")
     people: int = Field(16, ge=2, le=26, description="People with three facts each.")
-    left_out: int = Field(8, ge=2, description="Facts left out of both trainings, one at a time.")
+    left_out: int = Field(
+        4, ge=2, description="Random halves of the queries' facts left out of both trainings."
+    )
     damping: float = Field(0.1, gt=0, description="Damping, relative to the mean eigenvalue.")
 
 
@@ -905,6 +960,7 @@ class RunConfig(Section):
     align: AlignSection = AlignSection()
     influence: InfluenceSection = InfluenceSection()
     curvature: CurvatureSection = CurvatureSection()
+    prefilter: PrefilterSection = PrefilterSection()
     features: FeaturesSection = FeaturesSection()
     scorer: ScorerSection = ScorerSection()
     encoder: EncoderSection = EncoderSection()

@@ -2,7 +2,8 @@
 
 The Trainer's own checkpoints hold pickles. These hold the same in safetensors and JSON: weights,
 both moments of AdamW, the schedule's step, the state of torch's random numbers and the log. The
-order of examples follows from the seed and the step.
+order of examples follows from the seed and the step. The loop that teaches encoders keeps its
+state with the same functions.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,53 +63,23 @@ def resumable_trainer(folder: Path | None, **arguments: Any) -> Any:
         def write_checkpoint(self) -> None:
             """Keep the present state in place of the last one."""
             assert folder is not None
-            done = folder / f"{PREFIX}{self.state.global_step:08d}"
-            partial = folder / f".{done.name}.{os.getpid()}"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            names = [n for n, p in self.model.named_parameters() if p.requires_grad]
-            parameters = dict(self.model.named_parameters())
-            save_file({n: parameters[n].detach().contiguous() for n in names}, partial / WEIGHTS)
-            moments = _moments(self.optimizer, {parameters[n]: n for n in names})
-            save_file(moments | {RNG: torch.get_rng_state()}, partial / OPTIMIZER)
-            schedule = json.dumps(self.lr_scheduler.state_dict(), default=lambda _: None)
-            (partial / SCHEDULE).write_text(schedule, encoding="utf-8")
-            self.state.save_to_json(str(partial / STATE))
-            for older in folder.glob(f"{PREFIX}*"):
-                if older.name >= done.name:
-                    shutil.rmtree(older)
-            partial.rename(done)
-            for older in folder.glob(f"{PREFIX}*"):
-                if older != done:
-                    shutil.rmtree(older)
+
+            def write(into: Path) -> None:
+                save_state(into, self.model, self.optimizer, self.lr_scheduler)
+                self.state.save_to_json(str(into / STATE))
+
+            replace_checkpoint(folder, self.state.global_step, write)
 
         def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
-            parameters = dict(self.model.named_parameters())
-            with torch.no_grad():
-                for name, value in load_file(Path(checkpoint) / WEIGHTS).items():
-                    parameters[name].copy_(value)
+            load_weights(Path(checkpoint), self.model)
 
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-            if checkpoint is None:
-                return
-            parameters = dict(self.model.named_parameters())
-            tensors = load_file(Path(checkpoint) / OPTIMIZER)
-            state = _wrapped(self.optimizer).state
-            for key, value in tensors.items():
-                if key != RNG:
-                    name, part = key.rsplit("/", 1)
-                    parameter = parameters[name]
-                    state[parameter][part] = value.to(parameter.device)
-            schedule = json.loads((Path(checkpoint) / SCHEDULE).read_text(encoding="utf-8"))
-            schedule.pop("lr_lambdas", None)
-            self.lr_scheduler.__dict__.update(schedule)
-            groups = _wrapped(self.optimizer).param_groups
-            for group, lr in zip(groups, schedule["_last_lr"], strict=True):
-                group["lr"] = lr
+            if checkpoint is not None:
+                load_optimizer(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)
 
         def _load_rng_state(self, checkpoint: str | None) -> None:
             if checkpoint is not None:
-                torch.set_rng_state(load_file(Path(checkpoint) / OPTIMIZER)[RNG])
+                load_rng(Path(checkpoint))
 
     class Keeper(TrainerCallback):
         def __init__(self) -> None:
@@ -127,6 +99,67 @@ def resumable_trainer(folder: Path | None, **arguments: Any) -> Any:
     if folder is not None:
         trainer.add_callback(Keeper())
     return trainer
+
+
+def replace_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> None:
+    """Put a checkpoint in place of the last one; a kill at any moment leaves one that is whole.
+
+    Args:
+        folder: Where checkpoints are.
+        step: What has been done so far: it names the checkpoint.
+        write: Writes the files into the folder it is given.
+    """
+    done = folder / f"{PREFIX}{step:08d}"
+    partial = folder / f".{done.name}.{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write(partial)
+    for older in folder.glob(f"{PREFIX}*"):
+        if older.name >= done.name:
+            shutil.rmtree(older)
+    partial.rename(done)
+    for older in folder.glob(f"{PREFIX}*"):
+        if older != done:
+            shutil.rmtree(older)
+
+
+def save_state(folder: Path, model: Any, optimizer: Any, schedule: Any) -> None:
+    """Write trained weights, AdamW's tensors, the schedule and torch's random-number state."""
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    save_file({n: p.detach().contiguous() for n, p in parameters.items()}, folder / WEIGHTS)
+    moments = _moments(optimizer, {p: n for n, p in parameters.items()})
+    save_file(moments | {RNG: torch.get_rng_state()}, folder / OPTIMIZER)
+    state = json.dumps(schedule.state_dict(), default=lambda _: None)
+    (folder / SCHEDULE).write_text(state, encoding="utf-8")
+
+
+def load_weights(checkpoint: Path, model: Any) -> None:
+    """Put a checkpoint's trained weights into a model."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in load_file(checkpoint / WEIGHTS).items():
+            parameters[name].copy_(value)
+
+
+def load_optimizer(checkpoint: Path, model: Any, optimizer: Any, schedule: Any) -> None:
+    """Put a checkpoint's moments, step and learning rate into an optimizer and its schedule."""
+    parameters: Mapping[str, Tensor] = dict(model.named_parameters())
+    state = _wrapped(optimizer).state
+    for key, value in load_file(checkpoint / OPTIMIZER).items():
+        if key != RNG:
+            name, part = key.rsplit("/", 1)
+            parameter = parameters[name]
+            state[parameter][part] = value.to(parameter.device)
+    kept = json.loads((checkpoint / SCHEDULE).read_text(encoding="utf-8"))
+    kept.pop("lr_lambdas", None)
+    schedule.__dict__.update(kept)
+    for group, lr in zip(_wrapped(optimizer).param_groups, kept["_last_lr"], strict=True):
+        group["lr"] = lr
+
+
+def load_rng(checkpoint: Path) -> None:
+    """Go on with a checkpoint's stream of torch's random numbers."""
+    torch.set_rng_state(load_file(checkpoint / OPTIMIZER)[RNG])
 
 
 def _wrapped(optimizer: Any) -> Any:

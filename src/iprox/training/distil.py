@@ -8,27 +8,46 @@ schedule, gradients clipped at norm 1.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from iprox.errors import NumericsError
 from iprox.models.device import make_deterministic
 from iprox.models.encoder import Encoder
 from iprox.numerics.distillation import distillation_loss, draw_block
-from iprox.progress import track
+from iprox.progress import Track, track
+from iprox.training.checkpoints import (
+    last_checkpoint,
+    load_optimizer,
+    load_rng,
+    load_weights,
+    replace_checkpoint,
+    save_state,
+)
 
 if TYPE_CHECKING:
     from iprox.study.schema import EncoderSection
 
 log = logging.getLogger(__name__)
+
+SECONDS = 300.0
+"""Least time between checkpoints, which are written between epochs."""
+
+BEST = "best.safetensors"
+COURSE = "course.json"
+"""A checkpoint's weights of the epoch that is kept so far, and its log and draws."""
 
 GRADIENT_CLIP = 1.0
 """Norm at which the gradient of a step is clipped, as in Influcoder's code."""
@@ -77,7 +96,11 @@ class Distilled:
 
 
 def distil(
-    encoder: Encoder, lesson: Lesson, validate: Callable[[], float], settings: EncoderSection
+    encoder: Encoder,
+    lesson: Lesson,
+    validate: Callable[[], float],
+    settings: EncoderSection,
+    checkpoints: Path | None = None,
 ) -> Distilled:
     """Train an encoder in place; two runs with the same arguments give the same bytes on a CPU.
 
@@ -87,42 +110,114 @@ def distil(
         validate: How well the encoder agrees with the teacher on examples that are not in the
             lesson; asked before the first epoch and after each.
         settings: Block, loss and optimizer.
+        checkpoints: Folder for checkpoints between epochs; a run that finds one there goes on
+            from it, to the same bytes as one that was never stopped.
 
     Raises:
         NumericsError: All labels are equal, or the loss or its gradient is not finite.
     """
     _check(lesson.labels)
     make_deterministic(settings.seed)
-    generator = np.random.default_rng(settings.seed)
-    steps = steps_per_epoch(lesson.labels.shape, settings)
-    optimizer, schedule = _optimizer(encoder, settings, steps * settings.epochs)
-    validation = [validate()]
-    best, kept, chosen = validation[0], _weights(encoder), 0
-    rows: list[tuple[float, ...]] = []
-    tokens = 0
-    with track(steps * settings.epochs, "steps", "teaching") as progress:
-        for epoch in range(1, settings.epochs + 1):
-            encoder.model.train()
-            for queries, candidates in blocks(lesson.labels, settings, steps, generator):
-                texts = [lesson.queries[i] for i in queries]
-                texts += [lesson.candidates[i] for i in candidates]
-                labels = torch.from_numpy(lesson.labels[np.ix_(queries, candidates)])
-                row = _step(encoder, texts, labels.to(encoder.device), optimizer, settings)
-                lr = float(schedule.get_last_lr()[0])
-                schedule.step()
-                rows.append((len(rows) + 1, epoch, *row[:3], lr, row[3]))
-                seen = sum(map(len, texts))
-                tokens += seen
-                progress.advance(1, tokens=seen, note=f"loss {row[0]:.3f}")
-            encoder.model.eval()
-            validation.append(validate())
-            log.info("epoch %d: validation %.3f", epoch, validation[-1])
-            if settings.select_by == "last" or validation[-1] > best:
-                best, kept, chosen = validation[-1], _weights(encoder), epoch
-    encoder.model.load_state_dict(kept)
-    table = pd.DataFrame({"epoch": range(len(validation)), "validation": validation})
-    logged = pd.DataFrame(rows, columns=list(LOG_COLUMNS)).astype(LOG_COLUMNS)
-    return Distilled(logged, table, chosen, tokens)
+    course = _Course(encoder, lesson, settings)
+    last = None if checkpoints is None else last_checkpoint(checkpoints)
+    if last is None:
+        course.judge(validate())
+    else:
+        course.restore(last)
+        log.info("going on after epoch %d of %d", course.epoch, settings.epochs)
+    written = time.monotonic()
+    remaining = course.steps * (settings.epochs - course.epoch)
+    with track(remaining, "steps", "teaching") as progress:
+        while course.epoch < settings.epochs:
+            course.advance(progress)
+            course.judge(validate())
+            log.info("epoch %d: validation %.3f", course.epoch, course.validation[-1])
+            if checkpoints is not None and time.monotonic() - written >= SECONDS:
+                replace_checkpoint(checkpoints, course.epoch, course.save)
+                written = time.monotonic()
+    encoder.model.load_state_dict(course.best)
+    table = pd.DataFrame({"epoch": range(settings.epochs + 1), "validation": course.validation})
+    logged = pd.DataFrame(course.rows, columns=list(LOG_COLUMNS)).astype(LOG_COLUMNS)
+    return Distilled(logged, table, course.chosen, course.tokens)
+
+
+class _Course:
+    """A training under way, as it is between two epochs.
+
+    Args:
+        encoder: Trained in place.
+        lesson: Texts and the teacher's scores.
+        settings: Block, loss and optimizer.
+    """
+
+    def __init__(self, encoder: Encoder, lesson: Lesson, settings: EncoderSection) -> None:
+        self.encoder, self.lesson, self.settings = encoder, lesson, settings
+        self.generator = np.random.default_rng(settings.seed)
+        self.steps = steps_per_epoch(lesson.labels.shape, settings)
+        self.optimizer, self.schedule = _optimizer(encoder, settings, self.steps * settings.epochs)
+        self.rows: list[list[float]] = []
+        self.tokens = 0
+        self.validation: list[float] = []
+        self.chosen = 0
+        self.best: dict[str, Tensor] = {}
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are done and judged."""
+        return len(self.validation) - 1
+
+    def advance(self, progress: Track) -> None:
+        """Train for an epoch."""
+        self.encoder.model.train()
+        lesson, settings = self.lesson, self.settings
+        for queries, candidates in blocks(lesson.labels, settings, self.steps, self.generator):
+            texts = [lesson.queries[i] for i in queries]
+            texts += [lesson.candidates[i] for i in candidates]
+            labels = torch.from_numpy(lesson.labels[np.ix_(queries, candidates)])
+            labels = labels.to(self.encoder.device)
+            *losses, norm = _step(self.encoder, texts, labels, self.optimizer, settings)
+            lr = float(self.schedule.get_last_lr()[0])
+            self.schedule.step()
+            self.rows.append([len(self.rows) + 1, self.epoch + 1, *losses, lr, norm])
+            seen = sum(map(len, texts))
+            self.tokens += seen
+            progress.advance(1, tokens=seen, note=f"loss {losses[0]:.3f}")
+        self.encoder.model.eval()
+
+    def judge(self, validation: float) -> None:
+        """Note an epoch's validation, and keep its weights if they are the ones to keep."""
+        is_kept = (
+            not self.validation
+            or self.settings.select_by == "last"
+            or validation > max(self.validation)
+        )
+        self.validation.append(validation)
+        if is_kept:
+            self.chosen, self.best = self.epoch, _weights(self.encoder)
+
+    def save(self, folder: Path) -> None:
+        """Write everything that the remaining epochs depend on."""
+        save_state(folder, self.encoder.model, self.optimizer, self.schedule)
+        save_file(self.best, folder / BEST)
+        state = {
+            "chosen": self.chosen,
+            "generator": self.generator.bit_generator.state,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "validation": self.validation,
+        }
+        (folder / COURSE).write_text(json.dumps(state), encoding="utf-8")
+
+    def restore(self, checkpoint: Path) -> None:
+        """Be as :meth:`save` found it."""
+        load_weights(checkpoint, self.encoder.model)
+        load_optimizer(checkpoint, self.encoder.model, self.optimizer, self.schedule)
+        load_rng(checkpoint)
+        self.best = load_file(checkpoint / BEST)
+        state = json.loads((checkpoint / COURSE).read_text(encoding="utf-8"))
+        self.generator.bit_generator.state = state["generator"]
+        self.rows, self.tokens = state["rows"], state["tokens"]
+        self.chosen, self.validation = state["chosen"], state["validation"]
 
 
 def steps_per_epoch(shape: tuple[int, ...], settings: EncoderSection) -> int:

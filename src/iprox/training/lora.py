@@ -6,9 +6,11 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from iprox.errors import ConfigError
 from iprox.models.layers import block_linears
+from iprox.numerics.adapters import DOWN, UP
 from iprox.study.schema import LayersSection
 
 
@@ -52,6 +54,35 @@ def attach(model: Any, rank: int, alpha: float, seed: int) -> Any:
             "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
         )
         return get_peft_model(model, settings)
+
+
+def adapters(model: nn.Module) -> dict[str, Tensor]:
+    """The updates of a model under training: ``<layer>.lora_A`` and ``<layer>.lora_B``."""
+    ends = {f".{part}.default.weight": part for part in (DOWN, UP)}
+    return {
+        f"{name.removesuffix(end)}.{part}": weight.detach()
+        for name, weight in model.named_parameters()
+        for end, part in ends.items()
+        if name.endswith(end)
+    }
+
+
+def merged_weights(model: nn.Module, scale: float) -> dict[str, Tensor]:
+    """Weights of the plain model with the updates added; the model goes on training.
+
+    Args:
+        model: With updates beside its block linears.
+        scale: Factor of the updates.
+    """
+    state = {n: w for n, w in model.state_dict().items() if ".lora_" not in n}
+    plain = {name.replace(".base_layer.", "."): weight for name, weight in state.items()}
+    updates = adapters(model)
+    for name, down in updates.items():
+        layer, _, part = name.rpartition(".")
+        if part == DOWN:
+            up = updates[f"{layer}.{UP}"]
+            plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + scale * (up @ down)
+    return plain
 
 
 def merge(trained: Any) -> None:

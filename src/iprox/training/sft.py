@@ -28,7 +28,7 @@ from iprox.errors import ConfigError, DataError, NumericsError, shorten
 from iprox.models.device import dtype_of, make_deterministic, pick_device
 from iprox.models.flops import load_of, network_of
 from iprox.models.load import load_model, load_tokenizer
-from iprox.models.moments import save_moments
+from iprox.models.moments import save_adapters, save_moments
 from iprox.numerics import flops
 from iprox.progress import Track, track
 from iprox.store.tables import write_table
@@ -142,7 +142,8 @@ def train_folder(
         label: What the progress display says.
         keep_epochs: Also write the float32 weights at the end of every epoch but the last, as
             :func:`epoch_folder`, and the epochs' learning rates as ``epochs.parquet``.
-        keep_moments: Also write Adam's moments after the last step.
+        keep_moments: Also write Adam's moments after the last step, and with every epoch kept;
+            and the low-rank updates, if there are any.
         progress: Folder for checkpoints, which a killed run goes on from; one process alone
             writes them.
         processes: Processes, of a GPU each, that the training is spread over.
@@ -164,6 +165,20 @@ def train_folder(
     device = pick_device() if spread.count() == 1 else torch.device("cpu")
     model = load_model(source, torch.float32, attention, device)
     tokenizer = load_tokenizer(source)
+
+    scale = settings.lora_alpha / settings.lora_rank if settings.lora_rank else 0.0
+
+    def keep_state(folder: Path, optimizer: Any) -> None:
+        save_moments(folder, model, optimizer)
+        if settings.lora_rank:
+            save_adapters(folder, lora.adapters(model), settings.lora_rank, scale)
+
+    def keep_epoch(folder: Path, optimizer: Any) -> None:
+        weights = lora.merged_weights(model, scale) if settings.lora_rank else None
+        model.save_pretrained(folder, state_dict=weights)
+        if keep_moments:
+            keep_state(folder, optimizer)
+
     rows = pd.DataFrame(columns=list(LOG_COLUMNS))
     metrics: dict[str, int | float] = {"steps": 0, "tokens": 0, "flops": 0.0}
     if settings.epochs > 0:
@@ -176,12 +191,10 @@ def train_folder(
             bf16=dtype == "bfloat16",
             label=label,
             checkpoints=progress,
-            at_epoch_end=(lambda n: model.save_pretrained(epoch_folder(out, n)))
+            at_epoch_end=(lambda n, optimizer: keep_epoch(epoch_folder(out, n), optimizer))
             if keep_epochs
             else None,
-            at_end=(lambda optimizer: save_moments(out, model, optimizer))
-            if keep_moments
-            else None,
+            at_end=(lambda optimizer: keep_state(out, optimizer)) if keep_moments else None,
         )
         rows, metrics = training.log, training.metrics()
         if not spread.is_first():
@@ -224,7 +237,7 @@ def fine_tune(
     bf16: bool = False,
     micro_batch: int | None = None,
     label: str = "fine-tuning",
-    at_epoch_end: Callable[[int], object] | None = None,
+    at_epoch_end: Callable[[int, Any], object] | None = None,
     at_end: Callable[[Any], object] | None = None,
     checkpoints: Path | None = None,
 ) -> Training:
@@ -243,7 +256,8 @@ def fine_tune(
         micro_batch: Sequences in one forward pass, a divisor of the batch; by a token budget
             when absent.
         label: What the progress display says.
-        at_epoch_end: Called at the end of every epoch but the last with its number, from 1.
+        at_epoch_end: Called at the end of every epoch but the last with its number, from 1, and
+            the optimizer.
         at_end: Called after the last step with the optimizer.
         checkpoints: Folder for checkpoints; a run that finds one there goes on from it, to the
             same bytes as one that was never stopped. Written by single processes only.
@@ -307,7 +321,7 @@ def fine_tune(
 
 def _to_train(model: Any, settings: WarmupSection | FinetuneSection) -> Any:
     """The model with the weights to train set free, or in a wrapper with LoRA's updates."""
-    if isinstance(settings, FinetuneSection) and settings.lora_rank:
+    if settings.lora_rank:
         return lora.attach(model, settings.lora_rank, settings.lora_alpha, settings.seed)
     model.requires_grad_(True)
     for module in embeddings(model) if settings.freeze_embed_head else []:
@@ -355,12 +369,11 @@ def _check_spread(
             batch cannot be shared.
     """
     _local_batch(settings.batch, processes)
-    is_lora = isinstance(settings, FinetuneSection) and settings.lora_rank > 0
-    if keeps_more or is_lora:
+    if keeps_more or settings.lora_rank:
         raise ConfigError(
             "a training that is spread over GPUs gives its final weights alone",
             where="train_gpus",
-            allowed="1 where finetune.lora_rank, influence.checkpoints: epochs or a scorer less is",
+            allowed="1 where lora_rank, influence.checkpoints: epochs or a scorer less is",
         )
 
 
@@ -507,14 +520,16 @@ def _recorder(progress: Track, collator: _Collator) -> Any:
     return Recorder()
 
 
-def _epoch_ends(epochs: int, call: Callable[[int], object]) -> Any:
+def _epoch_ends(epochs: int, call: Callable[[int, Any], object]) -> Any:
     """A ``TrainerCallback`` that calls at the end of every epoch but the last."""
     from transformers import TrainerCallback
 
     class EpochEnds(TrainerCallback):
-        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_epoch_end(
+            self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+        ) -> None:
             epoch = round(state.epoch)
             if epoch < epochs and state.is_world_process_zero:
-                call(epoch)
+                call(epoch, optimizer)
 
     return EpochEnds()
