@@ -80,7 +80,7 @@ def described(plan: Plan, names: list[str]) -> dict[str, Any]:
         }
     return {
         "config": config.model_dump(
-            mode="json", exclude={"data_dir", "runs", "shards"}
+            mode="json", exclude={"data_dir", "runs", "shards", "train_gpus"}
         ),
         "report": config.report.model_dump(),
         "runs": runs,

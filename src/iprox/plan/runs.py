@@ -219,12 +219,29 @@ class RunPlanner:
         return nodes
 
     def _probe(self) -> Node:
-        """What errors of factors are weighted by, seen at the warmed-up target."""
+        """What errors of factors are weighted by, seen at the warmed-up target.
+
+        Raises:
+            ConfigError: Errors are to be those of scores, of factors that change more than scores.
+        """
         proxy, warmup = self.config.proxy, self.warmup()
-        params = self.passing() | self._loss() | {"probe": self._probe_params()}
+        params = self._loss() | {
+            "chat": self.chat,
+            "compute": self.compute,
+            "layers": proxy.layers.model_dump(),
+            "probe": self._probe_params(),
+        }
         parents = {"pool": self.pool, "split": self.split("probe"), "warmup": warmup}
         label = f"{proxy.kind}-{self.config.split.probe}"
         if proxy.whiten == "queries":
+            if proxy.passes != "backward":
+                raise ConfigError(
+                    "errors can be those of scores only where the forward pass is the target's own",
+                    where=f"runs.{self.run.name}: proxy.whiten, proxy.passes",
+                    value=f"queries with {proxy.passes}",
+                    allowed="queries with backward; both or inputs with either",
+                    fix="set proxy.passes: backward, or leave proxy.whiten at both",
+                )
             parents |= self.queries(warmup)
             label = f"{label}-queries"
         return self.plan.add("probe", label, params, parents)

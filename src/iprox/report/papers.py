@@ -18,6 +18,9 @@ from iprox.report.measures import MEASURES, Columns, evaluated, origins, task_co
 ANY = "any"
 """Name of a row of ours alone, which is called as its run is."""
 
+TIMED = ("minutes", "agreement", "amortisation")
+"""Measures that are times, or that have times among them."""
+
 PAPER, OURS = SERIES[0], SERIES[1]
 
 CELL_COLUMNS = [
@@ -159,8 +162,8 @@ def _pair(line: Line, column: str) -> dict[str, Any]:
     return {f"{column}, paper": line.paper.get(column), f"{column}, ours": ours and ours.value}
 
 
-def setting(study: Study, lines: list[Line]) -> str:
-    """What ours is: the model, the pool, the budget and the items behind each number."""
+def setting(table: Table, study: Study, lines: list[Line]) -> str:
+    """What ours is: the model, the pool, the budget, the items, and for times the hardware."""
     used = [line for line in lines if line.runs]
     if not used:
         return "Ours: no run of this study stands in this table."
@@ -172,8 +175,17 @@ def setting(study: Study, lines: list[Line]) -> str:
     return (
         f"Ours: {model_name(study)}, {tables.pool_name(study)} ({tables.pool_size(study):,} "
         f"examples), {budget} selected unless the row says otherwise"
-        + (f"; items measured on: {counted}." if counted else ".")
+        + (f"; items measured on: {counted}" if counted else "")
+        + (f"; timed on {_hardware(used)}." if table.measure in TIMED else ".")
     )
+
+
+def _hardware(lines: list[Line]) -> str:
+    """What the jobs behind some numbers ran on."""
+    sources = [source for line in lines for m in line.ours.values() for source in m.sources]
+    hosts = [source.provenance.get("host", {}) for source in sources]
+    named = {f"{host['device']}, {host['threads']} threads" for host in hosts if "device" in host}
+    return "; ".join(sorted(named)) or "hardware that was not recorded"
 
 
 def against_random(study: Study, lines: list[Line]) -> list[str]:
