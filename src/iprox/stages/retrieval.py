@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from iprox.report.charts import CHANCE, SERIES, Chart, drawing, label_points
+from iprox.report.charts import CHANCE, SERIES, Chart, drawing
 from iprox.report.formats import number, scaled, text_table, write_everywhere
 from iprox.store.job import Job, Metrics
 from iprox.store.tables import read_table, write_table
@@ -82,28 +82,28 @@ def draw(table: pd.DataFrame) -> Chart:
     shown = table[table["flops"] > 0]
     unit = "mean reciprocal rank of a source; bar: range over seeds"
     with drawing("retrieval", "Answers traced to pre-training text", 320, unit) as canvas:
-        axes, points, bars = canvas.axes, [], []
+        axes = canvas.axes
         for place, row in enumerate(shown.to_dict("records")):
             colour = SERIES[place % len(SERIES)]
             axes.plot([row["flops"]] * 2, [row["mrr_low"], row["mrr_high"]], color=colour, lw=1)
-            axes.plot(row["flops"], row["mrr"], marker="o", ms=6, color=colour)
-            points.append((row["flops"], row["mrr"], row["method"], colour))
-            bars.append((row["flops"], row["mrr_low"], row["flops"], row["mrr_high"]))
+            marks = {"marker": "o", "ms": 6, "ls": "", "color": colour}
+            axes.plot(row["flops"], row["mrr"], label=row["method"], **marks)
         for row in table[table["flops"] == 0].to_dict("records"):
             axes.axhline(row["mrr"], color=CHANCE, lw=0.8)
             axes.annotate(
                 f"{row['method']}, without a model",
-                (0.01, row["mrr"]),
+                (0.99, row["mrr"]),
                 (0, -3),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
+                ha="right",
                 va="top",
                 color=CHANCE,
             )
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: scaled(value))
         axes.set_ylim(0, 1.05)
-        axes.margins(x=0.3)
+        axes.margins(x=0.1)
+        axes.legend(loc="center left", frameon=False, labelcolor="linecolor", handletextpad=0)
         axes.set_xlabel("operations for all pairs, fitting included", loc="left")
-        label_points(axes, points, lines=bars)
     return canvas.chart
