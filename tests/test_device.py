@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -13,13 +14,14 @@ import pytest
 import yaml
 from test_workflow import ROOT, command, environment, study, write_inputs
 
-from iprox.models.device import claim_gpu
+from iprox.errors import ModelError
+from iprox.models.device import claim_gpus
 
 CLAIM = """
 import sys
 from pathlib import Path
-from iprox.models.device import claim_gpu
-number = claim_gpu(2, Path(sys.argv[1]))
+from iprox.models.device import claim_gpus
+[number] = claim_gpus(1, 2, Path(sys.argv[1]))
 Path(sys.argv[2]).write_text(str(number))
 sys.stdin.read()
 """
@@ -64,8 +66,23 @@ def test_nothing_is_claimed_without_a_choice(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert claim_gpu(count, tmp_path) is None
+    assert claim_gpus(1, count, tmp_path) == []
     assert not list(tmp_path.iterdir())
+
+
+def test_a_job_takes_as_many_gpus_as_it_wants_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with (tmp_path / "iprox-gpu-1.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert claim_gpus(2, 4, tmp_path) == [0, 2]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,2"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert claim_gpus(1, 4, tmp_path) == [1]  # 0 and 2 are held, 1 and 3 were given back
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(ModelError, match="more GPUs"):
+        claim_gpus(5, 4, tmp_path)
 
 
 def gpu_jobs(folder: Path) -> int:

@@ -95,7 +95,11 @@ def inputs(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, np.
     return tmp_path, write_weights(tmp_path / "warmup"), write_probe(tmp_path / "probe")
 
 
-@pytest.mark.parametrize("settings", [{}, {"mode": "paper"}, {"objective": "influence"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"mode": "paper"}, {"objective": "influence"}, {"whiten": "queries"}],
+    ids=str,
+)
 def test_directions_are_those_of_each_layer(inputs: Any, settings: dict[str, str]) -> None:
     folder, weights, arrays = inputs
     metrics = decomposition.make(decompose_job(folder, **settings))
@@ -104,12 +108,13 @@ def test_directions_are_those_of_each_layer(inputs: Any, settings: dict[str, str
     stored = load_file(folder / "decomposition" / "directions.safetensors")
     spectra = open_store(folder / "decomposition" / "spectra.zarr")
     assert list(spectra.attrs["layers"]) == list(LAYERS)
+    solver = {key: value for key, value in settings.items() if key != "whiten"}
     for name, layer in LAYERS.items():
         input_root, grad_root = (
             DampedRoot.from_rows(torch.from_numpy(arrays[key]), 0.1)
             for key in (f"inputs/{layer['site']}", f"output_grads/{name}")
         )
-        expected = decompose(weights[f"{name}.weight"], input_root, grad_root, **settings)
+        expected = decompose(weights[f"{name}.weight"], input_root, grad_root, **solver)
         left, right = stored[f"{name}.left"], stored[f"{name}.right"]
         kept = (layer["out"] * layer["in"] - 1) // (layer["out"] + layer["in"])
         assert left.shape == (layer["out"], kept)

@@ -12,11 +12,13 @@ import pytest
 from pydantic import ValidationError
 from report_fixture import Fixture, plain_texts
 
+from iprox.cli.together import shared
 from iprox.papers.tables import Table, papers
 from iprox.plan.papers import plan_tables
 from iprox.plan.plan import plan_study
 from iprox.report import measures
 from iprox.report.artifacts import Study
+from iprox.report.papers import Line, draw, setting
 from iprox.stages import paper_table
 from iprox.store.job import Job
 from iprox.store.tables import read_table
@@ -169,6 +171,23 @@ def test_every_row_of_a_papers_model_has_a_run_in_its_study_file(study: str) -> 
                 assert runs, (name, row["row"])
 
 
+def test_small_studies_share_more_than_half_of_their_jobs() -> None:
+    files = sorted((ROOT / "config" / "small").glob("*.yaml"))
+    plans = [plan_study(load_study([file], {})) for file in files]
+    found = shared(plans)
+    assert found.studies == [plan.name for plan in plans]
+    nodes = {(stage, id): n.shards for plan in plans for (stage, id), n in plan.nodes.items()}
+    assert found.together == sum(nodes.values()) < sum(found.jobs)
+    assert found.together < sum(found.alone) / 2
+    assert found.saved == sum(found.alone) - found.together
+
+
+def test_two_equal_studies_are_the_jobs_of_one() -> None:
+    one, both = shared([studied()]), shared([studied(), studied()])
+    assert both.together == one.together == one.jobs[0]
+    assert both.alone == [*one.alone, *one.alone]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
     """Table 2 of a made-up study."""
@@ -185,7 +204,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
     table = {
         "title": "Table 2: proxies & more",
         "measure": "outcome",
-        "figure": "bars",
+        "figure": "dots",
         "columns": ["MMLU", "BBH", "TyDiQA", "Avg."],
         "rows": rows,
     }
@@ -277,6 +296,11 @@ def test_costs_are_sums_over_a_runs_jobs(tmp_path: Path) -> None:
     assert spent["influence"].value == pytest.approx(33.5 / 60)
     assert spent["total"].value == pytest.approx(56 / 60)
     assert "stage 1" not in measures.minutes(study, [full])
+    study.config["tasks"], study.config["select"]["count"] = [], None
+    lines = [Line("A", "rho 0.5", runs=[proxy], ours=spent)]
+    proxy.artifacts["features"].provenance["host"] = {"device": "H100", "threads": 8}
+    assert "timed on H100, 8 threads." in setting(IPROX.tables["t5"], study, lines)
+    assert "timed" not in setting(IPROX.tables["f4"], study, lines)
     assert measures.teraflops(study, [full])["total"].value == pytest.approx(20 * 1.7e11 / 1e12)
 
 
@@ -286,3 +310,27 @@ def test_an_untaught_or_text_scorer_agrees_as_its_ranking_does(tmp_path: Path) -
     full, proxy = study.runs
     assert measures.agreement(study, [full])["aggregated"].value == pytest.approx(1.0)
     assert 0 < measures.agreement(study, [proxy])["aggregated"].value < 1
+
+
+def test_figures_of_every_kind_are_drawn_of_what_is_printed(tmp_path: Path) -> None:
+    drawn = {}
+    for name, table in {**IPROX.tables, **INFLUCODER.tables}.items():
+        lines = [
+            Line(row.model, row.row, dict(zip(table.columns, row.paper, strict=False)))
+            for row in table.rows
+        ]
+        drawn |= {chart.name: chart.svg for chart in draw(name, table, lines)}
+    assert set(drawn) == {"f1-paper", "i1-paper", "i2-paper"}  # Figure 4 has no printed numbers
+    assert "65.32" in drawn["f1-paper"]
+    assert "TF-IDF" in drawn["i1-paper"]
+
+
+def test_operations_are_stacked_by_stage(tmp_path: Path) -> None:
+    fixture = Fixture(tmp_path, plain_texts(20), [FULL, IPROX_5])
+    study = Study.of_job(fixture.job(tmp_path / "out"))
+    lines = [
+        Line("A", run.name, runs=[run], ours=measures.teraflops(study, [run])) for run in study.runs
+    ]
+    charts = draw("f4", IPROX.tables["f4"], lines)
+    assert [chart.name for chart in charts] == ["f4-ours"]
+    assert "influence" in charts[0].svg

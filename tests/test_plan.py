@@ -64,7 +64,6 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"proxy": {"whiten": "inputs"}},
         ["decomposition", "factors", "proxy", *AFTER_PROXY],
     ),
-    "prefilter.by": ({"prefilter": {"by": "tfidf"}}, ["features", "ranking", *AFTER_RANKING]),
     "probe.tokens": (
         {"probe": {"tokens": 64}},
         ["probe", "decomposition", "factors", "proxy", *AFTER_PROXY],
@@ -318,7 +317,7 @@ def test_errors_of_scores_are_weighted_by_what_the_pool_is_scored_against() -> N
 
 
 def test_factors_in_both_passes_cannot_be_weighted_by_queries() -> None:
-    with pytest.raises(ConfigError, match="passes: backward"):
+    with pytest.raises(ConfigError, match="proxy.whiten"):
         plan(proxy={"whiten": "queries"})
 
 

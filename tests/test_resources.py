@@ -17,7 +17,7 @@ from iprox.numerics.ranks import Architecture
 from iprox.plan import sizes
 from iprox.plan.nodes import Node, Plan
 from iprox.plan.plan import plan_study
-from iprox.plan.resources import LEAST_MB, Request, Requests, uses_device
+from iprox.plan.resources import LEAST_MB, TRAININGS, Request, Requests, uses_device
 from iprox.study.load import load_study, merge, parse_study
 
 ROOT = Path(__file__).parents[1]
@@ -46,11 +46,10 @@ def plan(**changes: Any) -> Plan:
     return plan_study(parse_study(merge(body, changes)))
 
 
-def of(stage: str, p: Plan, on_gpu: bool = True) -> Request:
+def of(stage: str, p: Plan, on_gpu: bool = True, train_gpus: int = 1) -> Request:
     """The largest request of a stage."""
-    found = [
-        Requests(Path(), ELSEWHERE).of(n, on_gpu) for (s, _), n in p.nodes.items() if s == stage
-    ]
+    requests = Requests(Path(), ELSEWHERE, train_gpus)
+    found = [requests.of(n, on_gpu) for (s, _), n in p.nodes.items() if s == stage]
     return Request(*(max(getattr(r, f.name) for r in found) for f in fields(Request)))
 
 
@@ -108,6 +107,19 @@ def test_a_model_on_a_gpu_needs_little_main_memory(monkeypatch: pytest.MonkeyPat
     assert of("finetune", plan(), True).mem_mb < of("finetune", plan(), False).mem_mb / 2
 
 
+def test_a_training_that_is_spread_shards_its_states_and_takes_less_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    larger(monkeypatch, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+    for stage in ("finetune", "warmup"):
+        one, four = (of(stage, plan(), True, gpus) for gpus in (1, 4))
+        assert four.gpu_mem_mb < one.gpu_mem_mb / 2
+        assert four.mem_mb > one.mem_mb  # each process reads the weights
+        assert four.runtime < one.runtime
+        assert of(stage, plan(), False, 4) == of(stage, plan(), False)
+    assert of("features", plan(), True, 4) == of("features", plan(), True)
+
+
 def test_a_pool_of_unknown_size_is_guessed_from_its_file(tmp_path: Path) -> None:
     (tmp_path / "pool.jsonl").write_text("x" * 8_000_000)
     node = plan(pool={"name": None, "path": "pool.jsonl"}).shared["pool"]
@@ -150,7 +162,9 @@ def test_rules_that_compute_on_the_device_ask_for_one_gpu_and_no_others() -> Non
         for rule in re.split(r"^rule ", path.read_text(), flags=re.MULTILINE)[1:]:
             name = re.sub(r"_shard$", "", rule.split(":")[0])
             if "gpu=" in rule:
-                assert "gpu=1," in rule or name == "ranking"  # by its scorer
+                several = "gpu=PLAN.study.config.train_gpus," in rule
+                assert several == (name in TRAININGS)
+                assert several or "gpu=1," in rule or name == "ranking"  # by its scorer
                 asking.add(name)
     for node in plan().nodes.values():  # rules of other kinds of study are not looked at
         assert (node.stage in asking) == uses_device(node) or node.stage == "ranking", node.stage

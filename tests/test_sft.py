@@ -256,6 +256,7 @@ def test_the_micro_batch_divides_the_batch_and_fits_the_budget(
     assert sft.micro_batch_size([Encoded([4] * 5000, [4] * 5000)], 7) == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert sft.micro_batch_size(examples(3), 6) == 3
+    assert sft.micro_batch_size(long, 32) == 1  # the two processes share the budget
     with pytest.raises(ConfigError, match="multiple of 2"):
         sft.micro_batch_size(examples(3), 7)
 

@@ -67,7 +67,7 @@ rule finetune:
         "../../envs/iprox.yaml"
     threads: model_threads()
     resources:
-        gpu=1,
+        gpu=PLAN.study.config.train_gpus,
         gpu_mem_mb=gpu_mem("finetune"),
         mem_mb=mem("finetune"),
         runtime=runtime("finetune"),

@@ -20,7 +20,7 @@ rule warmup:
         "../../envs/iprox.yaml"
     threads: model_threads()
     resources:
-        gpu=1,
+        gpu=PLAN.study.config.train_gpus,
         gpu_mem_mb=gpu_mem("warmup"),
         mem_mb=mem("warmup"),
         runtime=runtime("warmup"),

@@ -8,7 +8,7 @@ profiles).
 from iprox.plan import scorers
 from iprox.plan.resources import Requests, has_gpu
 
-REQUESTS = Requests(DATA_DIR)
+REQUESTS = Requests(DATA_DIR, train_gpus=PLAN.study.config.train_gpus)
 JOB_MB = 300  # on a cluster Snakemake itself runs inside each job, beside the stage
 CLUSTER_THREADS = 4
 

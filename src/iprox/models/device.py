@@ -25,34 +25,55 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def claim_gpu(count: int, folder: Path | None = None) -> int | None:
-    """Take a GPU that no other job of this machine has, and make it the only visible one.
+def claim_gpus(wanted: int, count: int, folder: Path | None = None) -> list[int]:
+    """Take GPUs that no other job of this machine has, and make them the only visible ones.
 
     Snakemake counts GPUs and hands out none. Each is a lock file, held until this process ends
-    however it ends; when all are taken, this waits for one. Nothing happens where a scheduler has
-    chosen already, or where there is no choice.
+    however it ends; when too few are free, this takes none and waits. Nothing happens where a
+    scheduler has chosen already, or where there is no choice.
 
     Args:
+        wanted: GPUs of the job.
         count: GPUs of the machine.
         folder: Where the lock files are; that for temporary files if absent.
 
     Returns:
-        The number of the GPU, or None when nothing had to be claimed.
+        The numbers of the GPUs; none when nothing had to be claimed.
+
+    Raises:
+        ModelError: The machine has fewer GPUs than the job wants.
     """
-    if count < 2 or "CUDA_VISIBLE_DEVICES" in os.environ:
-        return None
+    if "CUDA_VISIBLE_DEVICES" in os.environ or count == 0:
+        return []
+    if wanted > count:
+        raise ModelError(
+            "a job wants more GPUs than this machine has",
+            where="train_gpus",
+            value=wanted,
+            allowed=f"at most {count}",
+        )
+    if count == 1:
+        return []
     locks = [(folder or Path(tempfile.gettempdir())) / f"iprox-gpu-{i}.lock" for i in range(count)]
     while True:
-        for number, path in enumerate(locks):
-            descriptor = _open_lock(path)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                continue
-            os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
-            return number
+        taken = {n: lock for n, path in enumerate(locks) if (lock := _try_lock(path)) is not None}
+        for number in list(taken)[wanted if len(taken) >= wanted else 0 :]:
+            os.close(taken.pop(number))
+        if taken:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, taken))
+            return list(taken)
         time.sleep(1.0)
+
+
+def _try_lock(path: Path) -> int | None:
+    """The descriptor of a lock file that is now held, or None when another process has it."""
+    descriptor = _open_lock(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _open_lock(path: Path) -> int:

@@ -113,10 +113,14 @@ class Estimator:
         arch: Sizes of the target.
         volumes: Numbers of examples and tokens.
         on_gpu: Whether models are on a GPU.
+        train_gpus: GPUs that weights, gradients and Adam's moments are sharded over in training.
     """
 
-    def __init__(self, arch: Architecture, volumes: Volumes, on_gpu: bool = False) -> None:
+    def __init__(
+        self, arch: Architecture, volumes: Volumes, on_gpu: bool = False, train_gpus: int = 1
+    ) -> None:
         self.arch, self.volumes = arch, volumes
+        self.train_gpus = train_gpus if on_gpu else 1
         self.device = "gpu" if on_gpu else "cpu"
         self.process = 0 if on_gpu else PROCESS
 
@@ -291,12 +295,16 @@ class Estimator:
         return self._training(node, texts._replace(n=n), node.params["finetune"])
 
     def _training(self, node: Node, texts: Texts, section: Mapping[str, Any]) -> Need:
-        """Full fine-tuning in float32 with AdamW; the result in the study's precision."""
+        """Full fine-tuning in float32 with AdamW; the result in the study's precision.
+
+        Memory is that of one of the GPUs.
+        """
         net = Network.plan(self.arch)
         load = _load(texts).times(section["epochs"])
         trained = self._trained(section)
         batch = texts._replace(n=min(texts.n, section["batch"]))
-        micro = self._batch(MICRO_BATCH_TOKENS, batch)
+        micro = self._batch(MICRO_BATCH_TOKENS, batch) / self.train_gpus
+        micro = max(micro, LONGEST * batch.tokens)
         element = BYTES[node.params["compute"]["dtype"]]
         state = 4 * (self.parameters + 3 * trained)
         return Need(
@@ -304,7 +312,7 @@ class Estimator:
             if section["lora_rank"]
             else flops.training(net, load, head_trained=not section["freeze_embed_head"]),
             memory=self.process
-            + state
+            + state / self.train_gpus
             + self.activations(net, micro, element)
             + self.logits(micro),
             disk=self.parameters * element,

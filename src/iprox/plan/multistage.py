@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from iprox.errors import ConfigError
-from iprox.plan.nodes import Node
+from iprox.plan.nodes import OF_PASSES, Node
 from iprox.study.schema import FinetunedSection, WarmupSection
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def finetuned_model(planner: RunPlanner) -> Node:
     """
     section = _checked(planner)
     if section.model is not None:
-        like = planner.plan.study.config.target.model_dump(exclude={"attention"})
+        like = planner.plan.study.config.target.model_dump(exclude=OF_PASSES)
         changes = {"model": section.model, "revision": section.revision, "trust_remote_code": False}
         params = {"target": like | changes, "measured": {"tasks": True}}  # may be a classifier
         return planner.plan.add("target", section.model, params)

@@ -23,6 +23,9 @@ SAME_AT_EVERY_EPOCH = {"pool", "target", "model", "proxy-target"}
 """Links of a scoring model that are shown once, however many checkpoints it is made at."""
 ID_DIGITS = 10
 
+OF_PASSES = {"attention", "compile"}
+"""Keys of the section ``target`` that passes depend on, and the model's files do not."""
+
 
 @dataclass(frozen=True)
 class Node:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from iprox.plan.diversity import add_diversity
-from iprox.plan.nodes import Node, Plan, RunPlan
+from iprox.plan.nodes import OF_PASSES, Node, Plan, RunPlan
 from iprox.plan.runs import RunPlanner
 from iprox.study.load import Study
 from iprox.study.schema import SyntheticSection
@@ -22,7 +22,7 @@ def plan_study(study: Study) -> Plan:
     config = study.config
     pool = plan.add("pool", _pool_label(plan), {"pool": config.pool.model_dump()})
     target = plan.add(
-        "target", config.target.model, {"target": config.target.model_dump(exclude={"attention"})}
+        "target", config.target.model, {"target": config.target.model_dump(exclude=OF_PASSES)}
     )
     plan.shared = {"pool": pool, "target": target}
     for task in config.tasks:
@@ -80,7 +80,7 @@ def described(plan: Plan, names: list[str]) -> dict[str, Any]:
         }
     return {
         "config": config.model_dump(
-            mode="json", exclude={"data_dir", "runs", "shards"}
+            mode="json", exclude={"data_dir", "runs", "shards", "train_gpus"}
         ),
         "report": config.report.model_dump(),
         "runs": runs,

@@ -49,6 +49,9 @@ RATES = {
 """By whether it is a GPU's: the speed that time limits rest on, far less than what is reached; of
 eigensolvers the second number."""
 
+TRAININGS = {"warmup", "finetune"}
+"""Stages whose jobs may have several GPUs."""
+
 SOLVERS = {"decomposition", "direction"}
 """Stages that pass no text through a model and yet compute on its device."""
 
@@ -89,10 +92,12 @@ class Requests:
     Attributes:
         data_dir: Folder that the study's paths are relative to.
         root: The folder that holds ``results``.
+        train_gpus: GPUs that a training is spread over, where there are any.
     """
 
     data_dir: Path
     root: Path = field(default_factory=Path)
+    train_gpus: int = 1
     _made: dict[tuple[str, str, bool], Request] = field(default_factory=dict)
     _estimators: dict[tuple[str, str, bool, float | None], Estimator] = field(default_factory=dict)
 
@@ -109,7 +114,8 @@ class Requests:
         return self._made[key]
 
     def _work_out(self, node: Node, on_gpu: bool) -> Request:
-        seconds = RATES[on_gpu].seconds(node, self._need(node, on_gpu)) / node.shards
+        jobs = node.shards * (self._gpus(node) if on_gpu else 1)
+        seconds = RATES[on_gpu].seconds(node, self._need(node, on_gpu)) / jobs
         minutes = START_MIN + TIME_FACTOR * seconds / 60
         uses_gpu = on_gpu and uses_device(node)
         need = self._need(node, on_gpu, longest=uses_gpu)
@@ -137,14 +143,20 @@ class Requests:
         """Main memory of a job whose model is on a GPU.
 
         The weights in float32 pass through it, and so does what is gathered before it is
-        written: what the same job would need on a CPU beyond the part that is on the GPU.
+        written: what the same job would need on a CPU beyond the part that is on the GPU. Where
+        a training is spread, each process reads the weights.
         """
         if node.stage in ENCODERS:
             weights = 4.0 * sizes_of(node).parameters
         else:
             weights = 4.0 * self._estimator(target_of(node), node, True, None).parameters
         on_disk = self._need(node, True).disk / node.shards
-        return PROCESS + CUDA_HOST + weights + min(on_disk, weights)
+        processes = self._gpus(node)
+        return processes * (PROCESS + CUDA_HOST + weights) + min(on_disk, weights)
+
+    def _gpus(self, node: Node) -> int:
+        """GPUs of one job."""
+        return self.train_gpus if node.stage in TRAININGS else 1
 
     def _estimator(
         self, target: Node | None, node: Node, on_gpu: bool, length: float | None
@@ -157,7 +169,9 @@ class Requests:
                 with suppress(ModelError):
                     arch, _ = find_architecture(target, self.data_dir, self.root)
             sizes = {} if pool is None else {pool.id: self._size(pool)}
-            self._estimators[key] = Estimator(arch, Volumes([], sizes, length), on_gpu)
+            self._estimators[key] = Estimator(
+                arch, Volumes([], sizes, length), on_gpu, self.train_gpus
+            )
         return self._estimators[key]
 
     def _examples(self, node: Node) -> int:

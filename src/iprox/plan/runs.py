@@ -11,7 +11,7 @@ from typing import Any
 from iprox.errors import ConfigError
 from iprox.plan.learned import LEARNED, LESS, learned_nodes
 from iprox.plan.multistage import finetuned_model, finetuned_stages
-from iprox.plan.nodes import Node, Plan, links_at
+from iprox.plan.nodes import OF_PASSES, Node, Plan, links_at
 from iprox.plan.prefilter import prefilter_node
 from iprox.plan.scorers import scorer_nodes
 from iprox.plan.selection import is_per_task, selection_node
@@ -165,7 +165,7 @@ class RunPlanner:
         """A model that is not made from the target, and its warm-up on the same examples."""
         proxy, like = self.config.proxy, self.plan.study.config.target
         assert proxy.model is not None
-        section = like.model_dump(exclude={"attention"}) | {
+        section = like.model_dump(exclude=OF_PASSES) | {
             "model": proxy.model,
             "revision": proxy.revision,
             "trust_remote_code": False,
@@ -219,12 +219,29 @@ class RunPlanner:
         return nodes
 
     def _probe(self) -> Node:
-        """What errors of factors are weighted by, seen at the warmed-up target."""
+        """What errors of factors are weighted by, seen at the warmed-up target.
+
+        Raises:
+            ConfigError: Errors are to be those of scores, of factors that change more than scores.
+        """
         proxy, warmup = self.config.proxy, self.warmup()
-        params = self.passing() | self._loss() | {"probe": self._probe_params()}
+        params = self._loss() | {
+            "chat": self.chat,
+            "compute": self.compute,
+            "layers": proxy.layers.model_dump(),
+            "probe": self._probe_params(),
+        }
         parents = {"pool": self.pool, "split": self.split("probe"), "warmup": warmup}
         label = f"{proxy.kind}-{self.config.split.probe}"
         if proxy.whiten == "queries":
+            if proxy.passes != "backward":
+                raise ConfigError(
+                    "errors can be those of scores only where the forward pass is the target's own",
+                    where=f"runs.{self.run.name}: proxy.whiten, proxy.passes",
+                    value=f"queries with {proxy.passes}",
+                    allowed="queries with backward; both or inputs with either",
+                    fix="set proxy.passes: backward, or leave proxy.whiten at both",
+                )
             parents |= self.queries(warmup)
             label = f"{label}-queries"
         return self.plan.add("probe", label, params, parents)
@@ -391,7 +408,8 @@ class RunPlanner:
     def passing(self) -> dict[str, Any]:
         """Parameters of every stage that passes texts through a scoring model."""
         layers = self.config.proxy.layers.model_dump()
-        return {"chat": self.chat, "compute": self.compute, "layers": layers}
+        compiled = {"compile": True} if self.plan.study.config.target.compile else {}
+        return {"chat": self.chat, "compute": self.compute | compiled, "layers": layers}
 
     def _loss(self) -> dict[str, Any]:
         """Parameters of the loss whose gradients are taken."""

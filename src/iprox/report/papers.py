@@ -11,12 +11,15 @@ import pandas as pd
 from iprox.papers.tables import Row, Table
 from iprox.report import tables
 from iprox.report.artifacts import Run, Study
-from iprox.report.charts import INK, SERIES, Chart, drawing, short
-from iprox.report.formats import cell_text, settings_text
+from iprox.report.charts import SERIES, Chart, drawing, label_points, short
+from iprox.report.formats import cell_text, scaled, settings_text
 from iprox.report.measures import MEASURES, Columns, evaluated, origins, task_columns
 
 ANY = "any"
 """Name of a row of ours alone, which is called as its run is."""
+
+TIMED = ("minutes", "agreement", "amortisation")
+"""Measures that are times, or that have times among them."""
 
 PAPER, OURS = SERIES[0], SERIES[1]
 
@@ -159,8 +162,8 @@ def _pair(line: Line, column: str) -> dict[str, Any]:
     return {f"{column}, paper": line.paper.get(column), f"{column}, ours": ours and ours.value}
 
 
-def setting(study: Study, lines: list[Line]) -> str:
-    """What ours is: the model, the pool, the budget and the items behind each number."""
+def setting(table: Table, study: Study, lines: list[Line]) -> str:
+    """What ours is: the model, the pool, the budget, the items, and for times the hardware."""
     used = [line for line in lines if line.runs]
     if not used:
         return "Ours: no run of this study stands in this table."
@@ -172,8 +175,17 @@ def setting(study: Study, lines: list[Line]) -> str:
     return (
         f"Ours: {model_name(study)}, {tables.pool_name(study)} ({tables.pool_size(study):,} "
         f"examples), {budget} selected unless the row says otherwise"
-        + (f"; items measured on: {counted}." if counted else ".")
+        + (f"; items measured on: {counted}" if counted else "")
+        + (f"; timed on {_hardware(used)}." if table.measure in TIMED else ".")
     )
+
+
+def _hardware(lines: list[Line]) -> str:
+    """What the jobs behind some numbers ran on."""
+    sources = [source for line in lines for m in line.ours.values() for source in m.sources]
+    hosts = [source.provenance.get("host", {}) for source in sources]
+    named = {f"{host['device']}, {host['threads']} threads" for host in hosts if "device" in host}
+    return "; ".join(sorted(named)) or "hardware that was not recorded"
 
 
 def against_random(study: Study, lines: list[Line]) -> list[str]:
@@ -224,14 +236,14 @@ def _measured(line: Line, column: str) -> float | None:
     return None if ours is None else ours.value
 
 
-def _bars(name: str, table: Table, lines: list[Line], side: str, of: Value) -> Chart | None:
-    """A bar for each line: the mean score, or of ours without scores the mean held-out loss."""
-    bars = {line.setting: value for line in lines if (value := of(line, table.columns[-1]))}
+def _dots(name: str, table: Table, lines: list[Line], side: str, of: Value) -> Chart | None:
+    """A dot for each line: the mean score, or of ours without scores the mean held-out loss."""
+    dots = {line.setting: value for line in lines if (value := of(line, table.columns[-1]))}
     unit = "mean over tasks, %; higher is better"
-    if not bars and side == "ours":
-        bars = {line.setting: value for line in lines if (value := _mean_loss(line))}
+    if not dots and side == "ours":
+        dots = {line.setting: value for line in lines if (value := _mean_loss(line))}
         unit = "held-out loss, mean over tasks; lower is better"
-    return _horizontal(f"{name}-{side}", f"{table.title.split(':')[0]}, {side}", unit, bars)
+    return _horizontal(f"{name}-{side}", f"{table.title.split(':')[0]}, {side}", unit, dots)
 
 
 def _mean_loss(line: Line) -> float | None:
@@ -239,28 +251,22 @@ def _mean_loss(line: Line) -> float | None:
     return sum(losses) / len(losses) if losses else None
 
 
-def _horizontal(name: str, title: str, unit: str, bars: dict[str, float]) -> Chart | None:
-    """Bars from the top down, axis cut to where they differ."""
-    if not bars:
+def _horizontal(name: str, title: str, unit: str, dots: dict[str, float]) -> Chart | None:
+    """Dots from the top down, on an axis cut to where they differ."""
+    if not dots:
         return None
-    low, high = min(bars.values()), max(bars.values())
+    low, high = min(dots.values()), max(dots.values())
     room = 0.25 * (high - low) or 0.1 * abs(high) or 1.0
-    with drawing(name, title, 70 + 26 * len(bars), unit) as canvas:
+    with drawing(name, title, 70 + 26 * len(dots), unit) as canvas:
         axes = canvas.axes
         colour = PAPER if name.endswith("paper") else OURS
-        for level, value in enumerate(bars.values()):
-            axes.plot([low - room, value], [level] * 2, color=colour, lw=7)
-            axes.annotate(
-                f"{value:.4g}",
-                (value, level),
-                (5, 0),
-                textcoords="offset points",
-                va="center",
-                color=INK,
-            )
-        axes.set_yticks(range(len(bars)), [short(label) for label in bars])
+        for level, value in enumerate(dots.values()):
+            axes.plot(value, level, "o", ms=7, color=colour)
+            text = f"{value:.4g}"
+            axes.annotate(text, (value, level), (7, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(len(dots)), [short(label) for label in dots])
         axes.set_xlim(low - room, high + room)
-        axes.set_ylim(len(bars) - 0.5, -0.5)
+        axes.set_ylim(len(dots) - 0.5, -0.5)
     return canvas.chart
 
 
@@ -320,19 +326,12 @@ def _points(
         xs, ys = [x for x, _, _ in known], [y for _, y, _ in known]
         axes.plot(xs, ys, "o-" if lines_between else "o", ms=6, color=colour)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: scaled(value))
         axes.set_xlabel(x_name, loc="left")
         axes.margins(x=0.25, y=0.15)
         if not lines_between:
-            for x, y, label in known:
-                axes.annotate(
-                    short(label),
-                    (x, y),
-                    (5, 4),
-                    textcoords="offset points",
-                    color=INK,
-                    fontsize=8.5,
-                )
+            label_points(axes, [(x, y, label, colour) for x, y, label in known])
     return canvas.chart
 
 
-FIGURES = {"bars": _bars, "stack": _stack, "scatter": _scatter, "curve": _curve}
+FIGURES = {"dots": _dots, "stack": _stack, "scatter": _scatter, "curve": _curve}

@@ -45,6 +45,7 @@ def make(job: Job) -> Metrics:
         job.section(FinetuneSection, "finetune"),
         dtype=job.params["compute"]["dtype"],
         attention=job.params["compute"]["attention"],
+        processes=job.gpus,
         label=f"fine-tuning on {subset}",
         progress=job.progress,
     )

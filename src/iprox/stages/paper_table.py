@@ -31,7 +31,7 @@ def make(job: Job) -> Metrics:
     table = Table.model_validate(job.params["table"])
     lines = papers.lines_of(table, job.params["ours"], study)
     cells, shown = papers.cells(lines), papers.wide(table, lines)
-    about = [f"{table.title} ({job.params['paper']}).", papers.setting(study, lines)]
+    about = [f"{table.title} ({job.params['paper']}).", papers.setting(table, study, lines)]
     write_everywhere(job.out, "table", shown)
     write_table(job.out / "cells.parquet", cells)
     caption = " ".join(about)

@@ -12,6 +12,7 @@ from torch import nn
 
 from iprox.data.batches import collate, token_batches
 from iprox.data.chat import Encoded, pad_id
+from iprox.engine.compiled import compile_between_layers
 from iprox.engine.loss import Batch
 from iprox.engine.scoring import batch_tokens
 from iprox.models.classifier import class_ids
@@ -58,9 +59,11 @@ def open_reader(job: Job, role: str) -> Reader:
     """Load the parent model ``role`` in the precision and with the attention of the job.
 
     Raises:
-        ModelError: The model cannot be loaded, or a layer pattern does not fit it.
+        ModelError: The model cannot be loaded or compiled, or a layer pattern does not fit it.
     """
     reader = open_model(job, role)
+    if job.params["compute"].get("compile", False):
+        compile_between_layers(reader.model)
     layers = scored_linears(reader.model, job.section(LayersSection, "layers"))
     return reader._replace(layers=layers)
 

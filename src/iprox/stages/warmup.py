@@ -41,6 +41,7 @@ def make(job: Job) -> Metrics:
         job.section(WarmupSection, "warmup"),
         dtype=job.params["compute"]["dtype"],
         attention=job.params["compute"]["attention"],
+        processes=job.gpus,
         label="warm-up",
         keep_epochs="epochs" in job.params,
         keep_moments="moments" in job.params,

@@ -29,6 +29,7 @@ class Job:
         cache_dir: Folder for downloaded packages.
         progress: Folder that outlives a killed job and is given to its next attempt, for a stage
             that can go on where it stopped; None where nothing is kept. Removed at the end.
+        gpus: GPUs it may use; a training is spread over them.
         strict: Whether a key that ``params`` lacks cannot be read, as in the workflow, where it
             would be a key that the plan forgot; otherwise its default is taken.
     """
@@ -42,6 +43,7 @@ class Job:
     cache_dir: Path = field(default_factory=lambda: Path("results/.cache"))
     strict: bool = False
     progress: Path | None = None
+    gpus: int = 1
 
     def section(self, cls: type[SectionT], name: str) -> SectionT:
         """The parameters of one section as its typed object.

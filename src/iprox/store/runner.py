@@ -77,6 +77,7 @@ class Request:
         store: The content store.
         data_dir: Folder that paths in the study are relative to.
         shard: Number of this shard and how many there are, for a stage cut into shards.
+        gpus: GPUs of the job.
     """
 
     spec: Mapping[str, Any]
@@ -86,6 +87,7 @@ class Request:
     store: Path
     data_dir: Path
     shard: tuple[int, int] | None = None
+    gpus: int = 1
 
     @property
     def prefix(self) -> str:
@@ -105,14 +107,16 @@ def run_rule(rule: Any, make: Make) -> None:
     spec = rule.params.spec
     label = f"{spec['stage']} {spec['id'].rsplit('-', 1)[0]}"
     with log_to(rule.log[0], label):
+        gpus = int(getattr(rule.resources, "gpu", 0))
         if "torch" in sys.modules:  # a stage that does not use torch does not wait for it
             import torch
 
-            from iprox.models.device import claim_gpu, set_threads
+            from iprox.models.device import claim_gpus, set_threads
 
             set_threads(rule.threads)
-            if getattr(rule.resources, "gpu", 0):
-                claim_gpu(torch.cuda.device_count())
+            if gpus:
+                claim_gpus(gpus, torch.cuda.device_count())
+            gpus = gpus if torch.cuda.is_available() else 1
         folder = Path(rule.output.manifest).parent
         shard = getattr(rule.wildcards, "shard", None)
         run_stage(
@@ -125,6 +129,7 @@ def run_rule(rule: Any, make: Make) -> None:
                 store=folder.parent.parent / ".objects",
                 data_dir=Path(rule.config.get("data_dir") or "."),
                 shard=None if shard is None else (int(shard), int(rule.params.shards)),
+                gpus=max(1, gpus),
             ),
         )
 
@@ -179,6 +184,7 @@ def _make(make: Make, request: Request, rows: tuple[int, int] | None, kept: Path
             cache_dir=request.store.parent / ".cache",
             strict=True,
             progress=_progress_folder(kept),
+            gpus=request.gpus,
         )
         _watch_device_memory()
         start = time.monotonic()

@@ -6,7 +6,7 @@ own section as one of these objects, so a stage never looks up a key by name.
 
 Keys that change results are part of a stage's identity (see ``iprox.plan``). Keys that do
 not (threads, devices, shard sizes) are not here but in the workflow's profiles, except
-``data_dir``, ``shards`` and ``report``, which the plan keeps out of every identity.
+``data_dir``, ``shards``, ``train_gpus`` and ``report``, which the plan keeps out of every identity.
 """
 
 from __future__ import annotations
@@ -75,6 +75,12 @@ class TargetSection(Section):
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="Attention kernel of first-order passes."
+    )
+    compile: bool = Field(
+        False,
+        description="Compile what lies between the linear layers (norms, activations) with "
+        "torch.compile where gradients are scored; needs a C++ compiler. Gains nothing on a CPU, "
+        "and has not been measured on a GPU.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Off unless you read it."
@@ -361,15 +367,6 @@ class ProxySection(Section):
     def _names_its_model(self) -> ProxySection:
         if self.kind == "model" and self.model is None:
             raise ValueError("kind model needs proxy.model: the name or folder of a smaller model")
-        return self
-
-    @model_validator(mode="after")
-    def _only_backward_factors_change_scores_alone(self) -> ProxySection:
-        if self.whiten == "queries" and (self.kind, self.passes) != ("ipsvd", "backward"):
-            raise ValueError(
-                "whiten queries needs kind ipsvd and passes: backward; factors in the forward pass "
-                "change more than what gradients pass through"
-            )
         return self
 
     @model_validator(mode="after")
@@ -983,6 +980,12 @@ class StudyConfig(RunConfig):
     tasks: list[TaskSection] = Field(min_length=1, description="The tasks, by name or as mappings.")
     shards: int = Field(
         1, gt=0, le=100_000, description="Scoring jobs the pool is cut into. Changes no result."
+    )
+    train_gpus: int = Field(
+        1,
+        gt=0,
+        description="GPUs of one machine that a warm-up or fine-tuning is spread over, for models "
+        "that do not fit on one (FSDP); batches are multiples of it. Changes results by rounding.",
     )
     report: ReportSection = ReportSection()
     finetuned: FinetunedSection = FinetunedSection()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from iprox.numerics import flops
 from iprox.progress import Track, track
 from iprox.store.tables import write_table
 from iprox.study.schema import FinetuneSection, WarmupSection
-from iprox.training import lora
+from iprox.training import lora, spread
 from iprox.training.checkpoints import last_checkpoint, read_history, resumable_trainer
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ GRADIENT_CLIP = 1.0
 """Norm at which the gradient of a step is clipped; ``Trainer``'s own, which LESS keeps."""
 
 TOKENS_PER_MICRO_BATCH = {"cpu": 1024, "cuda": 16384}
-"""Padded tokens of one forward pass: what fits, not what is computed."""
+"""Padded tokens of one forward pass, of all processes together: what fits, not what is computed."""
 
 LOG_COLUMNS = {
     "step": "int64",
@@ -66,12 +65,15 @@ class Training:
         tokens: Tokens seen, epochs counted, without padding.
         parameters: Parameters trained.
         flops: Operations of all passes.
+        gathered: The trained weights where several processes had parts of them, on the first of
+            these processes.
     """
 
     log: pd.DataFrame
     tokens: int
     parameters: int
     flops: float
+    gathered: dict[str, Tensor] | None = None
 
     def metrics(self) -> dict[str, int | float]:
         """Figures for provenance."""
@@ -123,6 +125,7 @@ def train_folder(
     keep_epochs: bool = False,
     keep_moments: bool = False,
     progress: Path | None = None,
+    processes: int = 1,
 ) -> dict[str, int | float]:
     """Fine-tune a saved model and save the result, with ``log.parquet`` beside it.
 
@@ -141,16 +144,26 @@ def train_folder(
             :func:`epoch_folder`, and the epochs' learning rates as ``epochs.parquet``.
         keep_moments: Also write Adam's moments after the last step, and with every epoch kept;
             and the low-rank updates, if there are any.
-        progress: Folder for checkpoints, which a killed run goes on from.
+        progress: Folder for checkpoints, which a killed run goes on from; one process alone
+            writes them.
+        processes: Processes, of a GPU each, that the training is spread over.
 
     Returns:
         Metrics of the run: steps, tokens, FLOPs, losses.
 
     Raises:
+        ConfigError: Several processes cannot do what is asked.
         DataError: There are no examples.
         NumericsError: Training diverged.
     """
-    model = load_model(source, torch.float32, attention, pick_device())
+    if processes > 1 and settings.epochs > 0:
+        _check_spread(settings, processes, keep_epochs or keep_moments)
+        about = {"source": str(source), "out": str(out), "label": label}
+        precision = {"dtype": dtype, "attention": attention}
+        return spread.train_spread(processes, examples, settings, **about, **precision)
+    # Where it is sharded, a whole model need not fit on one GPU.
+    device = pick_device() if spread.count() == 1 else torch.device("cpu")
+    model = load_model(source, torch.float32, attention, device)
     tokenizer = load_tokenizer(source)
 
     scale = settings.lora_alpha / settings.lora_rank if settings.lora_rank else 0.0
@@ -184,6 +197,11 @@ def train_folder(
             at_end=(lambda optimizer: keep_state(out, optimizer)) if keep_moments else None,
         )
         rows, metrics = training.log, training.metrics()
+        if not spread.is_first():
+            return metrics
+        if training.gathered is not None:
+            model = load_model(source, torch.float32, attention, device)
+            model.load_state_dict(training.gathered)
     save(model, tokenizer, out, dtype_of(dtype))
     write_table(out / "log.parquet", rows.astype(LOG_COLUMNS), settings.model_dump())
     if keep_epochs:
@@ -225,11 +243,12 @@ def fine_tune(
 ) -> Training:
     """Train a causal LM in place on tokenised examples.
 
-    Two runs with the same arguments give the same bytes on a CPU. Started by
-    ``accelerate launch``, every process takes its share of each batch.
+    Two runs with the same arguments give the same bytes on a CPU. Started by torchrun, every
+    process takes its share of each batch.
 
     Args:
-        model: A ``PreTrainedModel``; its weights are the master copy, so float32 or better.
+        model: A ``PreTrainedModel``; its weights are the master copy, so float32 or better. Not
+            of use afterwards where several processes had parts of it.
         examples: What it learns from; each needs a supervised token.
         settings: Epochs (fractions allowed), learning rate, batch and the rest.
         pad_token_id: Fills short sequences of a micro-batch.
@@ -263,12 +282,12 @@ def fine_tune(
         callbacks = [recorder]
         if at_epoch_end is not None:
             callbacks.append(_epoch_ends(math.ceil(settings.epochs), at_epoch_end))
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if spread.count() > 1:
             checkpoints = None  # their optimizer states are in parts
         trainer = resumable_trainer(
             checkpoints,
             model=trained,
-            args=_arguments(settings, steps, micro, bf16, Path(scratch)),
+            args=_arguments(settings, steps, micro, bf16, Path(scratch), spread.sharding(trained)),
             train_dataset=examples,
             data_collator=collator,
             callbacks=callbacks,
@@ -281,6 +300,7 @@ def fine_tune(
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if at_end is not None:
             at_end(trainer.optimizer)
+        gathered = spread.gathered(trainer) if spread.count() > 1 else None
     if is_lora:
         lora.merge(trained)
     model.config.use_cache = use_cache  # Trainer turns it off, and it would be saved so
@@ -295,6 +315,7 @@ def fine_tune(
         tokens=round(load.tokens),
         parameters=parameters,
         flops=spent,
+        gathered=gathered,
     )
 
 
@@ -332,9 +353,28 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
 def micro_batch_size(examples: Sequence[Encoded], batch: int) -> int:
     """Sequences in one forward pass: the largest divisor of this process's batch that fits."""
     longest = max(len(e) for e in examples)
-    fit = max(1, TOKENS_PER_MICRO_BATCH[pick_device().type] // longest)
-    local = _local_batch(batch)
+    processes = spread.count()
+    fit = max(1, TOKENS_PER_MICRO_BATCH[pick_device().type] // (longest * processes))
+    local = _local_batch(batch, processes)
     return max(d for d in range(1, local + 1) if local % d == 0 and d <= fit)
+
+
+def _check_spread(
+    settings: WarmupSection | FinetuneSection, processes: int, keeps_more: bool
+) -> None:
+    """Refuse what needs the whole model, or the whole optimizer, in one process.
+
+    Raises:
+        ConfigError: LoRA, or weights or moments beside the final weights, are asked for; or a
+            batch cannot be shared.
+    """
+    _local_batch(settings.batch, processes)
+    if keeps_more or settings.lora_rank:
+        raise ConfigError(
+            "a training that is spread over GPUs gives its final weights alone",
+            where="train_gpus",
+            allowed="1 where lora_rank, influence.checkpoints: epochs or a scorer less is",
+        )
 
 
 def _check(examples: Sequence[Encoded]) -> None:
@@ -349,13 +389,12 @@ def _check(examples: Sequence[Encoded]) -> None:
         )
 
 
-def _local_batch(batch: int) -> int:
-    """This process's share of a batch.
+def _local_batch(batch: int, processes: int) -> int:
+    """A process's share of a batch.
 
     Raises:
         ConfigError: The processes cannot share it evenly.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     if batch % processes:
         raise ConfigError(
             "a batch cannot be shared evenly between the processes",
@@ -380,6 +419,7 @@ def _arguments(
     micro: int,
     bf16: bool,
     scratch: Path,
+    sharding: dict[str, Any],
 ) -> TrainingArguments:
     from transformers import TrainingArguments
 
@@ -388,7 +428,7 @@ def _arguments(
         output_dir=str(scratch),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=_local_batch(settings.batch) // micro,
+        gradient_accumulation_steps=_local_batch(settings.batch, spread.count()) // micro,
         learning_rate=settings.lr,
         weight_decay=settings.weight_decay,
         optim="adamw_torch_fused",
@@ -409,6 +449,7 @@ def _arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
+        **sharding,
     )
     if args.n_gpu > 1:
         # One process with several GPUs in sight would silently become nn.DataParallel, whose
