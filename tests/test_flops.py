@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from iprox.engine.align import align_proxy
-from iprox.engine.capture import backward_pass
+from iprox.engine.capture import backward_pass, input_sites
+from iprox.engine.curvature import WhitenedNorms
 from iprox.engine.geometry import gradient_gram
 from iprox.engine.loss import Batch
 from iprox.engine.objective import Factorised, evaluate, gradient, observe
@@ -22,6 +23,7 @@ from iprox.models.load import as_proxy
 from iprox.models.lowrank import replace_linears
 from iprox.numerics import flops
 from iprox.numerics.flops import Anchoring, Load, Network
+from iprox.numerics.kfac import Damping, Eigenbasis, LayerCurvature
 from iprox.numerics.ranks import Architecture, model_size
 from iprox.study.schema import AlignSection, LayersSection
 
@@ -130,6 +132,29 @@ def test_products_of_features(make: Any, n_queries: int) -> None:
     for way, cost in zip((flops._ghost, flops._formed), costs, strict=True):
         products = sum(n * way(linear, LENGTH, n_queries) for linear, n in net.linears.items())
         assert flops.one_pass(net, LOAD) + EXAMPLES * products == pytest.approx(cost, rel=TOLERANCE)
+
+
+def test_norms_by_a_curvature() -> None:
+    scoring, one = model(), batch()
+    layers = scored_linears(scoring, ALL)
+
+    def basis(dim: int) -> Eigenbasis:
+        return Eigenbasis([torch.eye(dim)], torch.ones(dim))
+
+    curvatures = {
+        n: LayerCurvature(n, basis(m.out_features), basis(m.in_features)) for n, m in layers.items()
+    }
+    norms = WhitenedNorms(curvatures, input_sites(scoring, layers, one), Damping(1.0, "absolute"))
+    queries = {n: torch.randn(2, *m.weight.shape) for n, m in layers.items()}
+
+    def visit(name: str, x: Tensor, d: Tensor) -> None:
+        for v in queries[name]:
+            (d * (x @ v.mT)).sum((1, 2))
+        norms(name, x.flatten(0, 1), d.flatten(0, 1), [LENGTH] * EXAMPLES)
+
+    found = counted(lambda: backward_pass(scoring, layers, one, visit))
+    total = flops.features(network_of(scoring, layers), LOAD, 2, whitened=True)
+    assert total == pytest.approx(found, rel=TOLERANCE)
 
 
 def test_products_with_cut_queries() -> None:
