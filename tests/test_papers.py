@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 from report_fixture import Fixture, plain_texts
 
+from iprox.cli.together import shared
 from iprox.papers.tables import Table, papers
 from iprox.plan.papers import plan_tables
 from iprox.plan.plan import plan_study
@@ -170,6 +171,23 @@ def test_every_row_of_a_papers_model_has_a_run_in_its_study_file(study: str) -> 
                 assert runs, (name, row["row"])
 
 
+def test_small_studies_share_more_than_half_of_their_jobs() -> None:
+    files = sorted((ROOT / "config" / "small").glob("*.yaml"))
+    plans = [plan_study(load_study([file], {})) for file in files]
+    found = shared(plans)
+    assert found.studies == [plan.name for plan in plans]
+    nodes = {(stage, id): n.shards for plan in plans for (stage, id), n in plan.nodes.items()}
+    assert found.together == sum(nodes.values()) < sum(found.jobs)
+    assert found.together < sum(found.alone) / 2
+    assert found.saved == sum(found.alone) - found.together
+
+
+def test_two_equal_studies_are_the_jobs_of_one() -> None:
+    one, both = shared([studied()]), shared([studied(), studied()])
+    assert both.together == one.together == one.jobs[0]
+    assert both.alone == [*one.alone, *one.alone]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
     """Table 2 of a made-up study."""
@@ -186,7 +204,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
     table = {
         "title": "Table 2: proxies & more",
         "measure": "outcome",
-        "figure": "bars",
+        "figure": "dots",
         "columns": ["MMLU", "BBH", "TyDiQA", "Avg."],
         "rows": rows,
     }

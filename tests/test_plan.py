@@ -64,7 +64,6 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"proxy": {"whiten": "inputs"}},
         ["decomposition", "factors", "proxy", *AFTER_PROXY],
     ),
-    "prefilter.by": ({"prefilter": {"by": "tfidf"}}, ["features", "ranking", *AFTER_RANKING]),
     "probe.tokens": (
         {"probe": {"tokens": 64}},
         ["probe", "decomposition", "factors", "proxy", *AFTER_PROXY],

@@ -47,7 +47,7 @@ class Table(Section):
         "amortisation",
         "storage",
     ] = Field(description="What is measured of our runs: a function of iprox.report.measures.")
-    figure: Literal["bars", "stack", "scatter", "curve"] | None = Field(
+    figure: Literal["dots", "stack", "scatter", "curve"] | None = Field(
         None, description="How the paper draws it."
     )
     columns: list[str] = Field(min_length=1)

@@ -225,7 +225,12 @@ class RunPlanner:
             ConfigError: Errors are to be those of scores, of factors that change more than scores.
         """
         proxy, warmup = self.config.proxy, self.warmup()
-        params = self.passing() | self._loss() | {"probe": self._probe_params()}
+        params = self._loss() | {
+            "chat": self.chat,
+            "compute": self.compute,
+            "layers": proxy.layers.model_dump(),
+            "probe": self._probe_params(),
+        }
         parents = {"pool": self.pool, "split": self.split("probe"), "warmup": warmup}
         label = f"{proxy.kind}-{self.config.split.probe}"
         if proxy.whiten == "queries":

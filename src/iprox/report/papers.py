@@ -11,8 +11,8 @@ import pandas as pd
 from iprox.papers.tables import Row, Table
 from iprox.report import tables
 from iprox.report.artifacts import Run, Study
-from iprox.report.charts import INK, SERIES, Chart, drawing, short
-from iprox.report.formats import cell_text, settings_text
+from iprox.report.charts import SERIES, Chart, drawing, label_points, short
+from iprox.report.formats import cell_text, scaled, settings_text
 from iprox.report.measures import MEASURES, Columns, evaluated, origins, task_columns
 
 ANY = "any"
@@ -236,14 +236,14 @@ def _measured(line: Line, column: str) -> float | None:
     return None if ours is None else ours.value
 
 
-def _bars(name: str, table: Table, lines: list[Line], side: str, of: Value) -> Chart | None:
-    """A bar for each line: the mean score, or of ours without scores the mean held-out loss."""
-    bars = {line.setting: value for line in lines if (value := of(line, table.columns[-1]))}
+def _dots(name: str, table: Table, lines: list[Line], side: str, of: Value) -> Chart | None:
+    """A dot for each line: the mean score, or of ours without scores the mean held-out loss."""
+    dots = {line.setting: value for line in lines if (value := of(line, table.columns[-1]))}
     unit = "mean over tasks, %; higher is better"
-    if not bars and side == "ours":
-        bars = {line.setting: value for line in lines if (value := _mean_loss(line))}
+    if not dots and side == "ours":
+        dots = {line.setting: value for line in lines if (value := _mean_loss(line))}
         unit = "held-out loss, mean over tasks; lower is better"
-    return _horizontal(f"{name}-{side}", f"{table.title.split(':')[0]}, {side}", unit, bars)
+    return _horizontal(f"{name}-{side}", f"{table.title.split(':')[0]}, {side}", unit, dots)
 
 
 def _mean_loss(line: Line) -> float | None:
@@ -251,28 +251,22 @@ def _mean_loss(line: Line) -> float | None:
     return sum(losses) / len(losses) if losses else None
 
 
-def _horizontal(name: str, title: str, unit: str, bars: dict[str, float]) -> Chart | None:
-    """Bars from the top down, axis cut to where they differ."""
-    if not bars:
+def _horizontal(name: str, title: str, unit: str, dots: dict[str, float]) -> Chart | None:
+    """Dots from the top down, on an axis cut to where they differ."""
+    if not dots:
         return None
-    low, high = min(bars.values()), max(bars.values())
+    low, high = min(dots.values()), max(dots.values())
     room = 0.25 * (high - low) or 0.1 * abs(high) or 1.0
-    with drawing(name, title, 70 + 26 * len(bars), unit) as canvas:
+    with drawing(name, title, 70 + 26 * len(dots), unit) as canvas:
         axes = canvas.axes
         colour = PAPER if name.endswith("paper") else OURS
-        for level, value in enumerate(bars.values()):
-            axes.plot([low - room, value], [level] * 2, color=colour, lw=7)
-            axes.annotate(
-                f"{value:.4g}",
-                (value, level),
-                (5, 0),
-                textcoords="offset points",
-                va="center",
-                color=INK,
-            )
-        axes.set_yticks(range(len(bars)), [short(label) for label in bars])
+        for level, value in enumerate(dots.values()):
+            axes.plot(value, level, "o", ms=7, color=colour)
+            text = f"{value:.4g}"
+            axes.annotate(text, (value, level), (7, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(len(dots)), [short(label) for label in dots])
         axes.set_xlim(low - room, high + room)
-        axes.set_ylim(len(bars) - 0.5, -0.5)
+        axes.set_ylim(len(dots) - 0.5, -0.5)
     return canvas.chart
 
 
@@ -332,19 +326,12 @@ def _points(
         xs, ys = [x for x, _, _ in known], [y for _, y, _ in known]
         axes.plot(xs, ys, "o-" if lines_between else "o", ms=6, color=colour)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: scaled(value))
         axes.set_xlabel(x_name, loc="left")
         axes.margins(x=0.25, y=0.15)
         if not lines_between:
-            for x, y, label in known:
-                axes.annotate(
-                    short(label),
-                    (x, y),
-                    (5, 4),
-                    textcoords="offset points",
-                    color=INK,
-                    fontsize=8.5,
-                )
+            label_points(axes, [(x, y, label, colour) for x, y, label in known])
     return canvas.chart
 
 
-FIGURES = {"bars": _bars, "stack": _stack, "scatter": _scatter, "curve": _curve}
+FIGURES = {"dots": _dots, "stack": _stack, "scatter": _scatter, "curve": _curve}
