@@ -241,17 +241,18 @@ def _first_order(
             kl = _anchor(proxy, batch, target, logits.detach())
             explicit = [torch.zeros_like(p) for p in parameters]
     with torch.no_grad():
-        terms = _distance(proxy, own, _projected(proxy, target))
+        projected = list(_projected(proxy, target))
+        terms = _distance(proxy, own, projected)
         scale = align.distance_weight / len(own)
-        again = zip(proxy.layers, _projected(proxy, target), strict=True)
-        for i, (name, projected) in enumerate(again):
-            by_own, by_projected = pair_derivatives(own[i], projected)
-            own[i] = FactorPair(*(scale * d for d in by_own))  # the gradient itself is done with
+        direction: list[Tensor] = []
+        for i, name in enumerate(proxy.layers):
+            by_own, by_projected = pair_derivatives(own[i], projected[i])
+            direction += [scale * d for d in by_own]
             if align.grad == "exact":
                 by_factors = project(target.layers[name], by_projected)
                 for j, d in enumerate(by_factors):
                     explicit[2 * i + j].add_(scale * d)
-    return _summary(proxy, terms, kl, loss, target), [d for pair in own for d in pair], explicit
+    return _summary(proxy, terms, kl, loss, target), direction, explicit
 
 
 class _BatchLoss(nn.Module):
