@@ -21,7 +21,7 @@ import os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
-from iprox.models.device import claim_gpu
+from iprox.models.device import claim_gpus
 from iprox.store.runner import run_rule
 
 user, group, umask, home, what, action = sys.argv[1:]
@@ -52,7 +52,7 @@ if action == "run":
         make,
     )
 else:
-    print(claim_gpu(2, Path(what)), flush=True)
+    print(*claim_gpus(1, 2, Path(what)), flush=True)
     sys.stdin.read()
 """
 

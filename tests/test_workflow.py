@@ -419,9 +419,9 @@ def test_other_scoring_models_go_through(tmp_path: Path) -> None:
 def test_the_study_of_rivals_starts(tmp_path: Path) -> None:
     config = yaml.safe_load((ROOT / "config" / "small" / "rivals.yaml").read_text())
     todo = jobs(snakemake(tmp_path, config, "-n", "fidelities"))
-    assert (todo["extraction"], todo["probe"]) == (3, 5)
-    assert (todo["decomposition"], todo["factors"], todo["proxy"]) == (7, 14, 20)
-    assert todo["fidelity"] == 24
+    assert (todo["extraction"], todo["probe"]) == (3, 6)
+    assert (todo["decomposition"], todo["factors"], todo["proxy"]) == (8, 17, 23)
+    assert todo["fidelity"] == 27
 
 
 def test_a_mistake_is_a_message_and_no_traceback(tmp_path: Path) -> None:

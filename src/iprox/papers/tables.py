@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -89,9 +89,5 @@ class Paper(Section):
 def papers() -> tuple[Paper, ...]:
     """All papers whose tables can be asked for."""
     folder = Path(__file__).parent
-    return tuple(Paper.model_validate(_read(folder / name)) for name in FILES)
-
-
-def _read(path: Path) -> Any:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return yaml.load(path.read_text(encoding="utf-8"), loader)
+    texts = [(folder / name).read_text(encoding="utf-8") for name in FILES]
+    return tuple(Paper.model_validate(yaml.safe_load(text)) for text in texts)
