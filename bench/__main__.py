@@ -77,10 +77,9 @@ def run_part(part: str, args: argparse.Namespace) -> list[Row]:
     if part == "bf16":
         return worker(args, sys.executable, "scores", "bfloat16")
     if part == "memory":
-        cases = [(m, n, "float32") for m, n in (("target", "1"), ("target", "3"), ("svd-0.5", "1"))]
-        cases.append(("target", "3", "bfloat16"))
-        rows = [row for case in cases for row in worker(args, sys.executable, "memory", *case)]
-        return rows + peers(args, "peer_memory", "memory")
+        cases = (("target", 1), ("target", 3), ("svd-0.5", 1))
+        rows = [worker(args, sys.executable, "memory", m, str(n)) for m, n in cases]
+        return [row for some in rows for row in some] + peers(args, "peer_memory", "memory")
     if part == "blocks":
         return [row for dtype in report.DTYPES for row in worker(args, sys.executable, part, dtype)]
     if part == "making":

@@ -193,14 +193,13 @@ def _twice(run: Callable[[], object]) -> Callable[[], object]:
     return lambda: (run(), run())
 
 
-def memory(setting: Setting, model: str, n_queries: int, query_dtype: str) -> list[Row]:
+def memory(setting: Setting, model: str, n_queries: int) -> list[Row]:
     """Peak memory of the exact scorer above that of the frozen pass."""
-    case = "ours" if query_dtype == "float32" else f"ours, queries in {query_dtype}"
 
     def prepare(problem: Problem, scratch: Path) -> Scoring:
-        return ours.prepare(problem, query_dtype=dtype_of(query_dtype))
+        return ours.prepare(problem)
 
-    return [_memory(setting, model, n_queries, case, prepare)]
+    return [_memory(setting, model, n_queries, "ours", prepare)]
 
 
 def decomposition(setting: Setting, model: str) -> list[Row]:
