@@ -18,6 +18,7 @@ from iprox.numerics.ranks import rank_for
 from iprox.numerics.sampling import stratified_positions
 from iprox.progress import track
 from iprox.stages.passes import Reader, free_bytes, layer_groups, open_reader
+from iprox.stages.positions import Drawn
 from iprox.stages.queries import open_queries
 from iprox.stages.tangents import directions_of, record_tangents
 from iprox.stages.texts import Texts, pool_texts, split_ids
@@ -51,8 +52,8 @@ def make(job: Job) -> Metrics:
     wanted = _tokens(job, section, reader.layers)
     texts = _texts(job, section, reader)
     usable = texts.supervised_only()
-    positions = draw(usable.encoded, section, wanted)
-    n_tokens = sum(map(len, positions))
+    drawn = draw(usable.encoded, section, wanted)
+    n_tokens = drawn.n_tokens
     sites = _sites(reader, usable.encoded)
     asked = job.roles("query")
     shapes = {n: (layer.out_features, layer.in_features) for n, layer in reader.layers.items()}
@@ -80,9 +81,9 @@ def make(job: Job) -> Metrics:
             "seed": section.seed,
         },
     )
-    ids = np.repeat(np.array(usable.ids, dtype=object), [len(p) for p in positions])
+    ids = np.repeat(np.array(usable.ids, dtype=object), [len(p) for p in drawn.positions])
     put(store, "example_id", ids.astype(str), ("tokens",))
-    put(store, "position", np.concatenate(positions), ("tokens",))
+    put(store, "position", np.concatenate(drawn.positions), ("tokens",))
     budget = free_bytes(torch.device("cpu")) // 2
     per_input = max(1, len(coefficients))
     sizes = _row_bytes(reader.layers, sites, n_tokens, per_input)
@@ -91,12 +92,10 @@ def make(job: Job) -> Metrics:
     with track(passes * len(usable.encoded), "sequences", "probe") as progress:
         for names in groups:
             layers = {name: reader.layers[name] for name in names}
-            drawn = (usable.encoded, positions)
-            rows = record(reader, layers, sites, *drawn, influence, progress)
+            rows = record(reader, layers, sites, drawn, influence, progress)
             if queries:
-                rows |= record_tangents(
-                    reader, sites, names, *drawn, queries, coefficients, progress
-                )
+                own = [name for name in names if sites[name] == name]
+                rows |= record_tangents(reader, own, drawn, queries, coefficients, progress)
             for name, array in rows.items():
                 put(store, name, array, ("tokens", "in" if name.startswith("inputs/") else "out"))
     if n_tokens < wanted:
@@ -112,11 +111,11 @@ def make(job: Job) -> Metrics:
     }
 
 
-def draw(encoded: list[Encoded], section: ProbeSection, tokens: int) -> list[np.ndarray]:
-    """Positions to record of every example, ascending; one list for all layers."""
+def draw(encoded: list[Encoded], section: ProbeSection, tokens: int) -> Drawn:
+    """Positions to record of every example; the same for all layers."""
     usable = [usable_positions(e, section.positions) for e in encoded]
     drawn = stratified_positions([len(u) for u in usable], tokens, section.seed)
-    return [u[d] for u, d in zip(usable, drawn, strict=True)]
+    return Drawn(encoded, [u[d] for u, d in zip(usable, drawn, strict=True)])
 
 
 def usable_positions(encoded: Encoded, which: str) -> np.ndarray:
@@ -135,8 +134,7 @@ def record(
     reader: Reader,
     layers: Mapping[str, nn.Linear],
     sites: Mapping[str, str],
-    encoded: list[Encoded],
-    positions: list[np.ndarray],
+    drawn: Drawn,
     influence: InfluenceSection,
     progress: Any,
 ) -> dict[str, np.ndarray]:
@@ -145,17 +143,12 @@ def record(
     Returns:
         Arrays (tokens, in) and (tokens, out), float32, in the order of the examples.
     """
-    starts = np.concatenate([[0], np.cumsum([len(p) for p in positions])])
     rows: dict[str, np.ndarray] = {}
     for name, layer in layers.items():
         if sites[name] == name:
-            rows[f"inputs/{name}"] = np.zeros((starts[-1], layer.in_features), np.float32)
-        rows[f"output_grads/{name}"] = np.zeros((starts[-1], layer.out_features), np.float32)
-    for indices, batch in reader.batches(encoded):
-        places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in indices])
-        of_batch = np.repeat(np.arange(len(indices)), [len(positions[i]) for i in indices])
-        tokens = np.concatenate([positions[i] for i in indices])
-        chosen = (torch.as_tensor(of_batch), torch.as_tensor(tokens))
+            rows[f"inputs/{name}"] = np.zeros((drawn.n_tokens, layer.in_features), np.float32)
+        rows[f"output_grads/{name}"] = np.zeros((drawn.n_tokens, layer.out_features), np.float32)
+    for batch, ids, places, chosen in drawn.batches(reader):
 
         def visit(
             name: str,
@@ -168,9 +161,8 @@ def record(
                 rows[f"inputs/{name}"][places] = x[chosen].float().cpu().numpy()
             rows[f"output_grads/{name}"][places] = d[chosen].float().cpu().numpy()
 
-        ids = [encoded[i].example_id for i in indices]
         backward_pass(reader.model, layers, batch, visit, influence.loss_reduction, ids)
-        progress.advance(len(indices), tokens=int(batch.lengths.sum()))
+        progress.advance(len(ids), tokens=int(batch.lengths.sum()))
     return rows
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from iprox.data.chat import Encoded
 from iprox.engine.tangents import input_tangents
 from iprox.stages.passes import Reader
+from iprox.stages.positions import Drawn
 from iprox.stages.queries import Queries
 
 MAX_DIRECTIONS = 4
@@ -34,22 +34,18 @@ def directions_of(queries: Queries, seed: int) -> np.ndarray:
 
 def record_tangents(
     reader: Reader,
-    sites: Mapping[str, str],
-    wanted: Sequence[str],
-    encoded: Sequence[Encoded],
-    positions: Sequence[np.ndarray],
+    sites: Sequence[str],
+    drawn: Drawn,
     queries: Queries,
     coefficients: np.ndarray,
     progress: Any,
 ) -> dict[str, np.ndarray]:
-    """Rows of some layers' moving inputs at the drawn positions: ``inputs/<site>``.
+    """Rows of moving inputs at the drawn positions: ``inputs/<site>``.
 
     Args:
         reader: The model and all layers whose weights move.
-        sites: Layer -> the first layer that reads its input.
-        wanted: Layers whose inputs are recorded.
-        encoded: The probe examples.
-        positions: Positions of every example.
+        sites: Layers whose inputs are recorded.
+        drawn: The probe examples and their positions.
         queries: The query gradients.
         coefficients: Of :func:`directions_of`.
         progress: Counts examples.
@@ -58,33 +54,27 @@ def record_tangents(
         Arrays (directions * tokens, in) in float32: direction by direction, in the order of the
         examples.
     """
-    starts = np.concatenate([[0], np.cumsum([len(p) for p in positions])])
-    shape = (len(coefficients) * starts[-1],)
+    n_rows = len(coefficients) * drawn.n_tokens
     rows = {
-        f"inputs/{name}": np.zeros((*shape, reader.layers[name].in_features), np.float32)
-        for name in wanted
-        if sites[name] == name
+        f"inputs/{name}": np.zeros((n_rows, reader.layers[name].in_features), np.float32)
+        for name in sites
     }
     for number, mix in enumerate(coefficients):
         directions = _mixed(reader, queries, mix)
-        first = number * starts[-1]
-        for indices, batch in reader.batches(encoded):
-            places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in indices]) + first
-            of_batch = np.repeat(np.arange(len(indices)), [len(positions[i]) for i in indices])
-            tokens = np.concatenate([positions[i] for i in indices])
+        for batch, _, places, chosen in drawn.batches(reader):
+            own = places + number * drawn.n_tokens
 
             def visit(
                 name: str,
                 moved: Tensor,
-                places: np.ndarray = places,
-                of_batch: np.ndarray = of_batch,
-                tokens: np.ndarray = tokens,
+                own: np.ndarray = own,
+                chosen: tuple[Tensor, Tensor] = chosen,
             ) -> None:
                 if f"inputs/{name}" in rows:
-                    rows[f"inputs/{name}"][places] = moved[of_batch, tokens].float().cpu().numpy()
+                    rows[f"inputs/{name}"][own] = moved[chosen].float().cpu().numpy()
 
             input_tangents(reader.model, reader.layers, directions, batch, visit)
-            progress.advance(len(indices), tokens=int(batch.lengths.sum()))
+            progress.advance(len(batch.lengths), tokens=int(batch.lengths.sum()))
     return rows
 
 
