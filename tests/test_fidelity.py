@@ -150,6 +150,39 @@ def test_only_the_slice_is_compared(tmp_path: Path, parents: dict[str, Path]) ->
     assert (table["n"] == 20).all()
 
 
+def test_examples_that_the_proxy_was_made_from_are_told_apart(tmp_path: Path) -> None:
+    norms = np.ones(N)
+    norms[:4] = 0  # cannot be scored, whoever was made from them
+    pair = {
+        "proxy": write_features(tmp_path / "p", 1, norms=norms),
+        "target": write_features(tmp_path / "q", 2),
+    }
+    for name, numbers in (("probe", range(20)), ("align", range(15, 30))):
+        ids = [f"e{i:03d}" for i in numbers]
+        pair[f"made_of/{name}"] = write_split(tmp_path / name, name, ids)
+    table = run(tmp_path, pair)
+    values = []
+    for k, task in enumerate(TASKS):
+        features = (read_features(pair[role]) for role in ("proxy", "target"))
+        ours, theirs = (f.dots[30:, k] / f.norms[30:] for f in features)
+        values.append(stats.spearmanr(ours, theirs).statistic)
+        assert table.loc[(task, "unseen_spearman"), "value"] == pytest.approx(values[-1], rel=1e-6)
+    row = table.loc[("mean", "unseen_spearman")]
+    assert row["value"] == pytest.approx(np.mean(values), rel=1e-6)
+    assert row["low"] < row["value"] < row["high"]
+    assert row["n"] == N - 30
+    assert (table.loc[(slice(None), "spearman"), "n"] == N - 4).all()
+
+
+def test_a_proxy_made_from_all_examples_has_no_unseen_ones(
+    tmp_path: Path, parents: dict[str, Path]
+) -> None:
+    ids = [f"e{i:03d}" for i in range(N - 2)]
+    table = run(tmp_path, parents | {"made_of/probe": write_split(tmp_path / "s", "probe", ids)})
+    assert table.loc[(slice(None), "unseen_spearman"), "value"].isna().all()
+    assert (table.loc[(slice(None), "unseen_spearman"), "n"] == 2).all()
+
+
 def test_examples_that_one_model_cannot_score_are_left_out(tmp_path: Path) -> None:
     norms = np.ones(N)
     norms[:4] = 0

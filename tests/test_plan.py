@@ -298,6 +298,28 @@ def test_a_proxy_of_the_backward_pass_is_asked_the_target_s_queries() -> None:
     assert covariance.parents["model"] is nodes["warmup"]
 
 
+def test_fidelity_knows_what_a_proxy_was_made_from() -> None:
+    p = plan(
+        runs={
+            "both": {},
+            "back": {"proxy": {"passes": "backward"}},
+            "svd": {"proxy": {"kind": "svd"}, "align": {"epochs": 0.0}},
+            "cut": {"proxy": {"kind": "layers", "sparsity": 0.5}},
+        }
+    )
+    made_of = {
+        run: {r.removeprefix("made_of/") for r in p.runs[run].nodes["fidelity"].parents}
+        & {"probe", "align", "warmup", "fidelity"}
+        for run in p.runs
+    }
+    assert made_of == {
+        "both": {"probe", "align"},
+        "back": {"probe"},
+        "svd": set(),
+        "cut": {"probe"},
+    }
+
+
 def test_errors_of_scores_are_weighted_by_what_the_pool_is_scored_against() -> None:
     weighted = {"passes": "backward", "whiten": "queries"}
     p = plan(
@@ -367,7 +389,8 @@ def test_exact_features_depend_on_the_tasks() -> None:
 def test_sketches_are_compared_with_the_targets_exact_scores(proxy: str) -> None:
     p = plan(runs={"a": {"proxy": {"kind": proxy}, "features": {"kind": "logra"}}})
     parents = p.runs["a"].nodes["fidelity"].parents
-    assert sorted(parents) == ["proxy", "proxy_query/bbh", "proxy_query/mmlu", "target"]
+    compared = sorted(role for role in parents if not role.startswith("made_of/"))
+    assert compared == ["proxy", "proxy_query/bbh", "proxy_query/mmlu", "target"]
     assert parents["proxy"].params["features"]["kind"] == "logra"
     assert "features" not in parents["target"].params
     assert parents["target"].parents["model"].stage == "warmup"

@@ -409,7 +409,8 @@ def test_other_scoring_models_go_through(tmp_path: Path) -> None:
     folder = tmp_path / "results" / "studies" / "tiny"
     for run in runs:
         table = pd.read_parquet(folder / run / "fidelity" / "fidelity.parquet")
-        assert table["value"].notna().all()
+        measured = table[table["metric"] != "unseen_spearman"]  # all of a tiny pool may be seen
+        assert measured["value"].notna().all()
     blocks = pd.read_parquet(folder / "cut" / "extraction" / "blocks.parquet")
     assert blocks["kept"].sum() == 1
     table = pd.read_parquet(folder / "report" / "tables" / "runs.parquet").set_index("run")

@@ -369,6 +369,7 @@ def agreement(path: Path, rows: int) -> Blocks:
 
 HEADLINE = {
     "spearman": "Spearman with the target",
+    "unseen_spearman": "on examples it was not made from",
     "length_spearman": "lengths only",
     "above_length": "above lengths",
     "parameters_ratio": "parameters ratio",

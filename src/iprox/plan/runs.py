@@ -530,6 +530,10 @@ class RunPlanner:
         }
         ours = self.features(nodes["model"], subset)
         parents = {"proxy": ours, "target": self.features(nodes["warmup"], subset, exact=True)}
+        for stage in ("probe", "proxy", "extraction"):
+            if stage in nodes and "split" in nodes[stage].parents:
+                made_of = nodes[stage].parents["split"]
+                parents[f"made_of/{made_of.params['split']['name']}"] = made_of
         label = self.label(nodes["model"])
         if self.sketch():
             params["features"] = self.sketch()

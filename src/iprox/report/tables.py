@@ -615,8 +615,12 @@ def _fidelity_finding(study: Study) -> str | None:
     text = (
         f"{best} ranks most like the target: Spearman {number(top['value'], 2)} "
         f"{interval(top['low'], top['high'], 2)}".rstrip()
-        + f" averaged over tasks, on {top['n']:,.0f} examples."
+        + f" averaged over tasks, on {top['n']:,.0f} examples"
     )
+    unseen = fidelity_value(next(r for r in study.runs if r.name == best), MEAN, "unseen_spearman")
+    if unseen and known(unseen["value"]) and unseen["n"] < top["n"]:
+        text += f"; {number(unseen['value'], 2)} on the {unseen['n']:,.0f} it was not made from"
+    text += "."
     if rivals:
         text += f" Its interval overlaps that of {listed(rivals)}: no order among them is certain."
     return text

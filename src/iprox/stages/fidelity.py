@@ -30,6 +30,10 @@ from iprox.study.schema import FidelitySection, InfluenceSection
 log = logging.getLogger(__name__)
 
 MEAN = "mean"
+UNSEEN = "unseen_spearman"
+
+MIN_RANKED = 3
+"""Fewest examples whose order says anything."""
 
 
 def make(job: Job) -> Metrics:
@@ -42,9 +46,10 @@ def make(job: Job) -> Metrics:
     over tasks, and has these rows besides: ``loss_mean_proxy``, ``loss_mean_target`` and
     ``loss_retention`` (target's loss over the proxy's); ``parameters_ratio`` of the whole
     models, ``scored_parameters_ratio`` of the layers whose gradients count, and ``flops_ratio``
-    of the two scoring passes (proxy's over target's, no interval). Of a scorer that learns,
-    ``teacher_spearman`` is its agreement with its own teacher. ``low`` and ``high`` bound the
-    95 % bootstrap interval over examples.
+    of the two scoring passes (proxy's over target's, no interval). ``unseen_spearman`` is Spearman
+    on the examples that the proxy was not made from, NaN for fewer than 3. Of a scorer that
+    learns, ``teacher_spearman`` is its agreement with its own teacher. ``low`` and ``high`` bound
+    the 95 % bootstrap interval over examples.
 
     ``layers.parquet`` has a row per layer and task, see :func:`layer_table`; none when a pass
     kept no inner products by layer, as passes that make sketches.
@@ -72,6 +77,9 @@ def make(job: Job) -> Metrics:
     if stores[0].has_losses:
         rows += losses(proxy, target, scorable, section)
     rows += cost_ratios(stores)
+    if made_of := job.roles("made_of"):
+        seen = {example for name, folder in made_of.items() for example in split_ids(folder, name)}
+        rows += on_unseen(pairs, proxy, scorable, seen, section)
     if "teacher" in job.parents:
         teacher = open_scored(job, "teacher", "teacher_query").read()
         rows += beside_teacher(proxy, teacher, section)
@@ -192,6 +200,33 @@ def _mean_over_tasks(
     return MEAN, float(np.mean(values)), np.mean(draws, axis=0)
 
 
+def on_unseen(
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    proxy: Features,
+    scorable: np.ndarray,
+    seen: set[str],
+    section: FidelitySection,
+) -> list[dict[str, Any]]:
+    """Rows of the rank correlation on examples that the proxy was not made from.
+
+    A proxy agrees better on those it was made from, which in a small pool are many.
+
+    Args:
+        pairs: Scores of both models by task.
+        proxy: Its features.
+        scorable: Which of their examples are in ``pairs``.
+        seen: Ids of the examples it was made from.
+        section: Settings of the intervals.
+    """
+    unseen = np.array([name not in seen for name in proxy.example_id.to_pylist()])[scorable]
+    n = int(unseen.sum())
+    if n < MIN_RANKED:
+        log.warning("the proxy was made from all but %d of the examples compared", n)
+        return [_row(task, UNSEEN, float("nan"), np.zeros(0), n) for task in [*pairs, MEAN]]
+    kept = {task: (ours[unseen], theirs[unseen]) for task, (ours, theirs) in pairs.items()}
+    return _correlations(kept, UNSEEN, section)
+
+
 def beside_teacher(
     ours: Features, teacher: Features, section: FidelitySection
 ) -> list[dict[str, Any]]:
@@ -199,14 +234,20 @@ def beside_teacher(
 
     Both score by the mean over a task's queries of cosines: of embeddings, of gradients.
     """
-    pairs, _ = score_pairs(ours, teacher, "cosine")
+    return _correlations(score_pairs(ours, teacher, "cosine")[0], "teacher_spearman", section)
+
+
+def _correlations(
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], metric: str, section: FidelitySection
+) -> list[dict[str, Any]]:
+    """Rows of the rank correlation of each pair, and of their mean, under the name ``metric``."""
     measured = []
     for task, (a, b) in pairs.items():
         draws = bootstrap(spearman, a, b, section.bootstrap, section.seed)
         measured.append((task, float(spearman(a, b)), draws))
     n = len(next(iter(pairs.values()))[0])
     return [
-        _row(task, "teacher_spearman", value, draws, n)
+        _row(task, metric, value, draws, n)
         for task, value, draws in [*measured, _mean_over_tasks(measured)]
     ]
 
