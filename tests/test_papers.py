@@ -334,3 +334,11 @@ def test_operations_are_stacked_by_stage(tmp_path: Path) -> None:
     charts = draw("f4", IPROX.tables["f4"], lines)
     assert [chart.name for chart in charts] == ["f4-ours"]
     assert "influence" in charts[0].svg
+
+
+def test_what_making_a_proxy_takes_is_the_same_to_planner_and_report() -> None:
+    """The planner must not load what draws reports, so it names the stages itself."""
+    from iprox.plan import papers as planned
+    from iprox.report import tables as reported
+
+    assert set(planned.MAKING) == set(reported.MAKING)

@@ -19,8 +19,8 @@ from iprox.report.formats import known
 SCORES = ("exact_match", "accuracy")
 """Metrics that the papers print, in percent; of a task the first that was measured."""
 
-STAGE_1 = ("probe", "decomposition", "sparsity", "factors", "extraction", "proxy-warmup")
 STAGE_2 = ("proxy",)
+STAGE_1 = tuple(link for link in tables.MAKING if link not in STAGE_2)
 
 
 @dataclass(frozen=True)
