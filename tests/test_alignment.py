@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from iprox.engine import align as align_module
 from iprox.engine import objective, recovery
 from iprox.engine.align import align_proxy, hold_out, rebalanced
+from iprox.engine.align_run import Alignment
 from iprox.engine.geometry import gradient_gram
 from iprox.engine.loss import IGNORE, Batch, example_losses
 from iprox.engine.objective import Factorised
@@ -27,6 +29,7 @@ from iprox.numerics import alignment
 from iprox.numerics.alignment import FactorPair, Observed
 from iprox.numerics.ipsvd import plain_svd, truncate
 from iprox.study.schema import AlignSection, LayersSection
+from iprox.training import checkpoints as checkpoints_module
 
 ALL = LayersSection()
 RANK = 6
@@ -341,8 +344,9 @@ def run(
     target: Any = None,
     n: int = 10,
     rank: int = RANK,
+    checkpoints: Path | None = None,
     **settings: Any,
-) -> tuple[align_module.Alignment, Any, Any]:
+) -> tuple[Alignment, Any, Any]:
     """Align a tiny proxy; the alignment, the proxy afterwards, and as it was before."""
     target = target or float64_model(architecture)
     proxy = as_proxy(target, svd_factors(target, rank, layers))
@@ -359,6 +363,7 @@ def run(
         section,
         layers=ALL,
         balanced=balanced,
+        checkpoints=checkpoints,
     )
     return done, proxy, before
 
@@ -603,3 +608,63 @@ def test_held_out_examples_are_a_share_and_never_trained_on() -> None:
     assert hold_out(100, AlignSection(seed=1)) != hold_out(100, AlignSection())
     with pytest.raises(ConfigError, match="too few examples"):
         hold_out(4, AlignSection())
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Nothing in the package catches it."""
+
+
+BOTH_PHASES = {
+    "recover_epochs": 1.0,
+    "recover_batch": 2,
+    "epochs": 2.0,
+    "batch": 2,
+    "evaluate_every": 2,
+    "lr": 3e-3,
+}
+"""Three steps of recovery, then six of alignment, with rebalancing after the third of them."""
+
+
+@pytest.mark.parametrize(
+    ("steps", "select_by"),
+    [(1, "fidelity"), (3, "last"), (5, "fidelity"), (6, "last"), (7, "fidelity")],
+)
+def test_a_killed_alignment_goes_on_to_the_same_bytes(
+    steps: int, select_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in either phase, where one ends, and where the optimizer starts afresh."""
+    settings = BOTH_PHASES | {"select_by": select_by}
+    whole, proxy, _ = run(**settings)
+    assert (whole.planned_steps, whole.diverged_at) == (9, None)
+    monkeypatch.setattr(checkpoints_module, "SECONDS", 0.0)
+    keep = align_module.replace_checkpoint
+
+    def keep_and_die(folder: Path, step: int, write: Any) -> None:
+        keep(folder, step, write)
+        if step == steps:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(align_module, "replace_checkpoint", keep_and_die)
+        with pytest.raises(Killed):
+            run(checkpoints=tmp_path, **settings)
+    assert [one.name for one in tmp_path.iterdir()] == [f"step-{steps:08d}"]
+    starts = []
+    patched = align_module._Judge.start
+    monkeypatch.setattr(align_module._Judge, "start", lambda s: starts.append(s) or patched(s))
+    resumed, again, _ = run(checkpoints=tmp_path, **settings)
+    assert not starts
+    assert resumed.curve == whole.curve
+    assert resumed.layers == whole.layers
+    assert (resumed.steps, resumed.tokens, resumed.recovery_tokens, resumed.n_zero) == (
+        whole.steps,
+        whole.tokens,
+        whole.recovery_tokens,
+        whole.n_zero,
+    )
+    assert resumed.start.point == whole.start.point
+    expected = proxy.state_dict()
+    assert all(torch.equal(t, expected[name]) for name, t in again.state_dict().items())

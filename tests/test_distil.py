@@ -17,7 +17,7 @@ from iprox.errors import NumericsError
 from iprox.models.encoder import Encoder
 from iprox.numerics.distillation import aggregated
 from iprox.study.schema import EncoderSection
-from iprox.training import distil as distil_module
+from iprox.training import checkpoints
 from iprox.training.distil import Lesson, blocks, distil, passes, steps_per_epoch
 
 TOPICS, WORDS_PER_TOPIC, LENGTH = 6, 8, 12
@@ -177,7 +177,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select_by: str
 ) -> None:
     """Three epochs, of which the second validates best; killed at the end of the last."""
-    monkeypatch.setattr(distil_module, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
     toy = Toy()
     lesson = Lesson(ids(toy.queries), ids(toy.train), toy.labels(toy.train))
     settings = SETTINGS.model_copy(update={"epochs": 3, "select_by": select_by, "hard_ratio": 0.5})

@@ -12,14 +12,24 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from iprox.engine.align_run import (
+    Alignment,
+    Candidate,
+    LayerPoint,
+    Point,
+    load_alignment,
+    save_alignment,
+)
 from iprox.engine.capture import watch
 from iprox.engine.geometry import gradient_gram
 from iprox.engine.loss import Batch, example_losses, input_embeddings
@@ -30,8 +40,9 @@ from iprox.models.layers import scored_linears
 from iprox.models.lowrank import find_linear
 from iprox.numerics.alignment import FactorPair, gram_agreement
 from iprox.numerics.ipsvd import balance
-from iprox.progress import track
+from iprox.progress import Track, track
 from iprox.study.schema import AlignSection, LayersSection
+from iprox.training.checkpoints import is_due, last_checkpoint, load_optimizer, replace_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -42,104 +53,6 @@ MIN_HELDOUT = 4
 
 MAX_COMPARED = 24
 """Most held-out examples whose gradients are compared pair by pair."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """A row of the learning curve.
-
-    Attributes:
-        step: Optimizer steps done; a train row shows the losses before its own step.
-        epoch: Passes over the training examples by then.
-        split: ``train``, a step's own batch, or ``heldout``, the mean over held-out batches.
-        loss_ga: Gradient alignment loss; absent in train rows of the recovery.
-        kl: Divergence of the proxy's predictions from the target's; in train rows of the
-            recovery over all tokens, else where the anchor holds.
-        objective: loss_ga + lambda_kl * kl.
-        fidelity: Agreement of the examples' gradient geometry; held-out rows only.
-        proxy_loss: Token-mean language modelling loss of the proxy.
-        target_loss: The same of the target.
-        lr: Learning rate of the step; train rows only.
-        grad_norm: Norm of the gradient before clipping; train rows only.
-        chosen: Whether the proxy that is kept is the one of this row.
-    """
-
-    step: int = 0
-    epoch: float = 0.0
-    split: Literal["train", "heldout"] = "heldout"
-    loss_ga: float | None = None
-    kl: float | None = None
-    objective: float | None = None
-    fidelity: float | None = None
-    proxy_loss: float | None = None
-    target_loss: float | None = None
-    lr: float | None = None
-    grad_norm: float | None = None
-    chosen: bool = False
-
-
-@dataclass(frozen=True)
-class LayerPoint:
-    """Held-out gradient agreement of one layer's factors; None where a gradient is zero."""
-
-    step: int
-    layer: str
-    cosine_left: float | None
-    cosine_right: float | None
-
-
-class Candidate(NamedTuple):
-    """The proxy after some step, and what the held-out examples say of it."""
-
-    factors: dict[str, FactorPair]
-    point: Point
-    layers: list[LayerPoint]
-
-
-@dataclass
-class Alignment:
-    """What an alignment did.
-
-    Attributes:
-        start: The proxy as it came.
-        chosen: The proxy that is kept.
-        planned_steps: Optimizer steps asked for.
-        steps: Optimizer steps done.
-        diverged_at: Step at which a loss or gradient was not finite; None if there is none.
-        tokens: Tokens trained on, repeats counted, without padding.
-        recovery_tokens: Those of them that the recovery trained on.
-        n_zero: Gradient distances left out in training because a gradient was zero.
-    """
-
-    start: Candidate
-    chosen: Candidate
-    planned_steps: int
-    steps: int = 0
-    diverged_at: int | None = None
-    tokens: int = 0
-    recovery_tokens: int = 0
-    n_zero: int = 0
-    _curve: list[Point] = field(default_factory=list)
-    layers: list[LayerPoint] = field(default_factory=list)
-
-    @property
-    def curve(self) -> list[Point]:
-        """Rows of the learning curve in the order they were made."""
-        return [replace(point, chosen=point is self.chosen.point) for point in self._curve]
-
-    def add_step(self, point: Point, tokens: int, n_zero: int) -> None:
-        """Count an optimizer step."""
-        self.steps = point.step
-        self.tokens += tokens
-        self.n_zero += n_zero
-        self._curve.append(point)
-
-    def add_candidate(self, candidate: Candidate, select_by: str) -> None:
-        """Record a candidate, and keep it if it beats the one kept so far."""
-        self._curve.append(candidate.point)
-        self.layers += candidate.layers
-        if _beats(candidate.point, self.chosen.point, select_by):
-            self.chosen = candidate
 
 
 def hold_out(n_examples: int, align: AlignSection) -> tuple[list[int], list[int]]:
@@ -172,6 +85,7 @@ def align_proxy(
     layers: LayersSection,
     balanced: bool = True,
     reduction: str = "token_mean",
+    checkpoints: Path | None = None,
 ) -> Alignment:
     """Train the factors of a proxy and choose the step to keep.
 
@@ -195,6 +109,8 @@ def align_proxy(
         layers: Which layers' gradients make up scores, those kept dense among them.
         balanced: Whether the proxy comes in the balanced gauge.
         reduction: Loss of an example, where examples are compared.
+        checkpoints: Folder for checkpoints; a run that finds one there goes on from it, to the
+            same bytes as one that was never stopped. None to write none.
 
     Raises:
         NumericsError: The objective is not finite before training; the message names the layer.
@@ -204,15 +120,13 @@ def align_proxy(
     judge = _Judge(target, factorised, heldout, collate, layers, rebalance, reduction)
     recovery = _Schedule(len(train), align, recovers=True)
     schedule = _Schedule(len(train), align, before=recovery)
-    start = judge.start()
-    run = Alignment(start, start, recovery.total + schedule.total)
-    run.add_candidate(start, align.select_by)
     trained = _Trained(judge, factorised, train, collate)
-    with track(run.planned_steps, "steps", "alignment") as progress:
+    course = _Course(trained, recovery.total + schedule.total, rebalance, checkpoints)
+    run = course.run
+    with track(run.planned_steps - run.steps, "steps", "alignment") as progress:
         for phase, step_of in ((recovery, _recovery_step), (schedule, _gradient_step)):
-            if run.diverged_at is None:
-                factorised.put(run.chosen.factors)
-                _train(run, trained, phase, step_of, rebalance, progress)
+            if run.diverged_at is None and run.steps < phase.steps_before + phase.total:
+                course.train(phase, step_of, progress)
     if run.diverged_at is not None:
         log.warning(
             "alignment diverged at step %d of %d; kept step %d. A lower align.lr or "
@@ -446,25 +360,77 @@ class _Step(NamedTuple):
     n_zero: int = 0
 
 
-def _train(
-    run: Alignment,
-    trained: _Trained,
-    phase: _Schedule,
-    step_of: Callable[[_Trained, Batch], _Step],
-    rebalance: bool,
-    progress: Any,
-) -> None:
-    """Train through one phase, adding its steps and candidates to the run."""
-    judge, proxy, align = trained.judge, trained.proxy, trained.proxy.align
-    optimizer = _optimizer(proxy)
-    for step, places in phase.batches():
+class _Course:
+    """An alignment under way; from its last checkpoint, where there is one.
+
+    Args:
+        trained: What is trained.
+        planned_steps: Optimizer steps of both phases.
+        rebalance: Whether factors are brought back to the balanced gauge at each epoch's end.
+        checkpoints: Folder for checkpoints; None to write none.
+    """
+
+    def __init__(
+        self, trained: _Trained, planned_steps: int, rebalance: bool, checkpoints: Path | None
+    ) -> None:
+        self.trained, self.rebalance, self.checkpoints = trained, rebalance, checkpoints
+        self.last = None if checkpoints is None else last_checkpoint(checkpoints)
+        judge, proxy = trained.judge, trained.proxy
+        if self.last is None:
+            start = judge.start()
+            self.run = Alignment(start, start, planned_steps)
+            self.run.add_candidate(start, proxy.align.select_by)
+        else:
+            self.run, judge.target_gram = load_alignment(
+                self.last, proxy.copy(), planned_steps, proxy.model
+            )
+            log.info("going on after step %d of %d", self.run.steps, planned_steps)
+        self.written = time.monotonic()
+
+    def train(
+        self, phase: _Schedule, step_of: Callable[[_Trained, Batch], _Step], progress: Track
+    ) -> None:
+        """Train through what is left of a phase, adding its steps and candidates to the run."""
+        run, proxy = self.run, self.trained.proxy
+        optimizer = _optimizer(proxy)
+        done = run.steps - phase.steps_before
+        if done == 0:
+            proxy.put(run.chosen.factors)
+        else:
+            assert self.last is not None
+            load_optimizer(self.last, proxy.model, optimizer)
+        for step, places in phase.batches():
+            if step <= done:
+                continue
+            if not self._step(phase, step, places, step_of, optimizer, progress):
+                run.diverged_at = phase.steps_before + step
+                return
+            if self.rebalance and phase.ends_epoch(step) and not phase.recovers:
+                factors = proxy.copy()
+                if not _are_finite(factors):
+                    run.diverged_at = run.steps
+                    return
+                proxy.put(rebalanced(factors))
+                optimizer = _optimizer(proxy)
+            self._keep(optimizer)
+
+    def _step(
+        self,
+        phase: _Schedule,
+        step: int,
+        places: Sequence[int],
+        step_of: Callable[[_Trained, Batch], _Step],
+        optimizer: torch.optim.Optimizer,
+        progress: Track,
+    ) -> bool:
+        """Take a step and judge it where that is due; False if something was not finite."""
+        run, trained = self.run, self.trained
         batch = trained.collate([trained.examples[i] for i in places])
         number, epoch, lr = phase.steps_before + step, phase.epoch(step), phase.lr(step)
         found = step_of(trained, batch)
-        norm = _move(proxy, optimizer, found, lr)
+        norm = _move(trained.proxy, optimizer, found, lr)
         if not (found.is_finite and math.isfinite(norm)):
-            run.diverged_at = number
-            return
+            return False
         found.gradients.clear()  # not to be held through the next step
         tokens = int(batch.lengths.sum())
         point = replace(found.point, step=number, epoch=epoch, lr=lr, grad_norm=norm)
@@ -472,18 +438,23 @@ def _train(
         run.recovery_tokens += tokens if phase.recovers else 0
         progress.advance(1, tokens, found.note, examples=len(places))
         if phase.is_judged(step):
-            candidate = judge(number, epoch)
+            candidate = trained.judge(number, epoch)
             if candidate is None:
-                run.diverged_at = number
-                return
-            run.add_candidate(candidate, align.select_by)
-        if rebalance and phase.ends_epoch(step) and not phase.recovers:
-            factors = proxy.copy()
-            if not _are_finite(factors):
-                run.diverged_at = number
-                return
-            proxy.put(rebalanced(factors))
-            optimizer = _optimizer(proxy)
+                return False
+            run.add_candidate(candidate, trained.proxy.align.select_by)
+        return True
+
+    def _keep(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write a checkpoint if the last one is old enough."""
+        if self.checkpoints is None or not is_due(self.written):
+            return
+        judge, proxy = self.trained.judge, self.trained.proxy
+
+        def write(folder: Path) -> None:
+            save_alignment(folder, self.run, proxy.model, optimizer, judge.target_gram)
+
+        replace_checkpoint(self.checkpoints, self.run.steps, write)
+        self.written = time.monotonic()
 
 
 def _recovery_step(trained: _Trained, batch: Batch) -> _Step:
@@ -543,19 +514,6 @@ def _point(found: Objective, step: int, epoch: float, split: Literal["train", "h
         proxy_loss=found.proxy_loss,
         target_loss=found.target_loss,
     )
-
-
-def _beats(new: Point, best: Point, select_by: str) -> bool:
-    """Whether a candidate is kept instead of the best so far; on a tie the earlier one stays."""
-    if select_by == "last":
-        return True
-    if select_by == "objective":
-        assert new.objective is not None
-        assert best.objective is not None
-        return new.objective < best.objective
-    if new.fidelity is None:
-        return False
-    return best.fidelity is None or new.fidelity > best.fidelity
 
 
 def _are_finite(factors: Mapping[str, FactorPair]) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from iprox.data.batches import collate
 from iprox.data.chat import Encoded, pad_id
-from iprox.engine.align import MAX_COMPARED, Alignment, LayerPoint, Point, align_proxy, hold_out
+from iprox.engine.align import MAX_COMPARED, align_proxy, hold_out
+from iprox.engine.align_run import Alignment, LayerPoint, Point
 from iprox.engine.loss import Batch
 from iprox.errors import ArtifactError
 from iprox.models.device import dtype_of, pick_device
@@ -59,7 +60,8 @@ def make(job: Job) -> Metrics:
     Besides the model folder (config, weights, tokenizer, ``proxy.json``):
     ``alignment.parquet``, a row for each optimizer step (``train``) and each candidate
     (``heldout``, step 0 being the start), and ``alignment_layers.parquet`` with the held-out
-    gradient cosines of each candidate's layers. With both ``align.epochs`` and
+    gradient cosines of each candidate's layers. A killed alignment goes on after the last step it
+    kept, to the same bytes. With both ``align.epochs`` and
     ``align.recover_epochs`` 0 nothing is trained or measured, and the one row of step 0 has no
     losses.
 
@@ -172,6 +174,7 @@ def _align(
         layers=layers,
         balanced=job.params["gauge"] == "balanced",
         reduction=job.section(InfluenceSection, "influence").loss_reduction,
+        checkpoints=job.progress,
     )
     return run, {
         "flops": _operations(run, target, proxy, learnt, held, align, layers),

@@ -2,8 +2,8 @@
 
 The Trainer's own checkpoints hold pickles. These hold the same in safetensors and JSON: weights,
 both moments of AdamW, the schedule's step, the state of torch's random numbers and the log. The
-order of examples follows from the seed and the step. The loop that teaches encoders keeps its
-state with the same functions.
+order of examples follows from the seed and the step. The loops that teach encoders and align
+proxies keep their states with the same functions.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def resumable_trainer(folder: Path | None, **arguments: Any) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.due = state.global_step < state.max_steps
-            self.due &= time.monotonic() - self.last >= SECONDS
+            self.due &= is_due(self.last)
 
         def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # After the log of the step, so that the checkpoint holds it.
@@ -99,6 +99,11 @@ def resumable_trainer(folder: Path | None, **arguments: Any) -> Any:
     if folder is not None:
         trainer.add_callback(Keeper())
     return trainer
+
+
+def is_due(written: float) -> bool:
+    """Whether the last checkpoint, written at this time of the monotonic clock, is old enough."""
+    return time.monotonic() - written >= SECONDS
 
 
 def replace_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> None:
@@ -123,14 +128,22 @@ def replace_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -
             shutil.rmtree(older)
 
 
-def save_state(folder: Path, model: Any, optimizer: Any, schedule: Any) -> None:
-    """Write trained weights, AdamW's tensors, the schedule and torch's random-number state."""
+def save_state(folder: Path, model: Any, optimizer: Any, schedule: Any = None) -> None:
+    """Write trained weights, AdamW's tensors, the schedule and torch's random-number state.
+
+    Args:
+        folder: Where they go.
+        model: Its parameters that require gradients are written.
+        optimizer: Of these parameters.
+        schedule: Of its learning rate; None where that follows from the step.
+    """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     save_file({n: p.detach().contiguous() for n, p in parameters.items()}, folder / WEIGHTS)
     moments = _moments(optimizer, {p: n for n, p in parameters.items()})
     save_file(moments | {RNG: torch.get_rng_state()}, folder / OPTIMIZER)
-    state = json.dumps(schedule.state_dict(), default=lambda _: None)
-    (folder / SCHEDULE).write_text(state, encoding="utf-8")
+    if schedule is not None:
+        state = json.dumps(schedule.state_dict(), default=lambda _: None)
+        (folder / SCHEDULE).write_text(state, encoding="utf-8")
 
 
 def load_weights(checkpoint: Path, model: Any) -> None:
@@ -141,8 +154,15 @@ def load_weights(checkpoint: Path, model: Any) -> None:
             parameters[name].copy_(value)
 
 
-def load_optimizer(checkpoint: Path, model: Any, optimizer: Any, schedule: Any) -> None:
-    """Put a checkpoint's moments, step and learning rate into an optimizer and its schedule."""
+def load_optimizer(checkpoint: Path, model: Any, optimizer: Any, schedule: Any = None) -> None:
+    """Put a checkpoint's moments, step and learning rate into an optimizer and its schedule.
+
+    Args:
+        checkpoint: Written by :func:`save_state`.
+        model: Whose parameters the optimizer trains.
+        optimizer: A new one.
+        schedule: A new one, where the checkpoint has one.
+    """
     parameters: Mapping[str, Tensor] = dict(model.named_parameters())
     state = _wrapped(optimizer).state
     for key, value in load_file(checkpoint / OPTIMIZER).items():
@@ -150,6 +170,8 @@ def load_optimizer(checkpoint: Path, model: Any, optimizer: Any, schedule: Any) 
             name, part = key.rsplit("/", 1)
             parameter = parameters[name]
             state[parameter][part] = value.to(parameter.device)
+    if schedule is None:
+        return
     kept = json.loads((checkpoint / SCHEDULE).read_text(encoding="utf-8"))
     kept.pop("lr_lambdas", None)
     schedule.__dict__.update(kept)

@@ -29,6 +29,7 @@ from iprox.models.encoder import Encoder
 from iprox.numerics.distillation import distillation_loss, draw_block
 from iprox.progress import Track, track
 from iprox.training.checkpoints import (
+    is_due,
     last_checkpoint,
     load_optimizer,
     load_rng,
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
     from iprox.study.schema import EncoderSection
 
 log = logging.getLogger(__name__)
-
-SECONDS = 300.0
-"""Least time between checkpoints, which are written between epochs."""
 
 BEST = "best.safetensors"
 COURSE = "course.json"
@@ -132,7 +130,7 @@ def distil(
             course.advance(progress)
             course.judge(validate())
             log.info("epoch %d: validation %.3f", course.epoch, course.validation[-1])
-            if checkpoints is not None and time.monotonic() - written >= SECONDS:
+            if checkpoints is not None and is_due(written):
                 replace_checkpoint(checkpoints, course.epoch, course.save)
                 written = time.monotonic()
     encoder.model.load_state_dict(course.best)
