@@ -77,8 +77,10 @@ def run_part(part: str, args: argparse.Namespace) -> list[Row]:
     if part == "bf16":
         return worker(args, sys.executable, "scores", "bfloat16")
     if part == "memory":
-        cases = (("target", 1), ("target", 3), ("svd-0.5", 1))
-        rows = [worker(args, sys.executable, "memory", m, str(n)) for m, n in cases]
+        whole, rounded = report.DTYPES
+        cases = [("target", "1", whole), ("target", "3", whole), ("target", "3", rounded)]
+        cases.append(("svd-0.5", "1", whole))
+        rows = [worker(args, sys.executable, "memory", *case) for case in cases]
         return [row for some in rows for row in some] + peers(args, "peer_memory", "memory")
     if part == "blocks":
         return [row for dtype in report.DTYPES for row in worker(args, sys.executable, part, dtype)]

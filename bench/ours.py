@@ -14,9 +14,17 @@ from iprox.models.device import pick_device
 from iprox.stages.passes import Reader
 
 
-def prepare(problem: Problem, query_rank: int = 0) -> Scoring:
-    """Scores of the pool, batched as the stages batch it; exact unless queries are cut."""
-    scorer = Scorer(problem.model, dict(problem.layers), problem.gradients, query_rank=query_rank)
+def prepare(
+    problem: Problem, query_rank: int = 0, query_dtype: torch.dtype = torch.float32
+) -> Scoring:
+    """Scores of the pool in the stages' batches; exact unless queries are cut or rounded."""
+    scorer = Scorer(
+        problem.model,
+        dict(problem.layers),
+        problem.gradients,
+        query_rank=query_rank,
+        query_dtype=query_dtype,
+    )
     batches = batched(problem)
 
     def run() -> Answer:

@@ -6,12 +6,13 @@ import importlib
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from bench import compress, fit, floor, material, ours
 from bench.agreement import compare
@@ -193,13 +194,16 @@ def _twice(run: Callable[[], object]) -> Callable[[], object]:
     return lambda: (run(), run())
 
 
-def memory(setting: Setting, model: str, n_queries: int) -> list[Row]:
+def memory(setting: Setting, model: str, n_queries: int, query_dtype: str) -> list[Row]:
     """Peak memory of the exact scorer above that of the frozen pass."""
 
     def prepare(problem: Problem, scratch: Path) -> Scoring:
-        return ours.prepare(problem)
+        # a layer at a time, as the stage reads them from its store
+        stored = replace(problem, gradients=Drawn(problem.layers, n_queries))
+        return ours.prepare(stored, query_dtype=dtype_of(query_dtype))
 
-    return [_memory(setting, model, n_queries, "ours", prepare)]
+    case = "ours" if query_dtype == "float32" else f"ours, queries in {query_dtype}"
+    return [_memory(setting, model, n_queries, case, prepare, takes_gradients=False)]
 
 
 def decomposition(setting: Setting, model: str) -> list[Row]:
@@ -339,7 +343,7 @@ def long_tail(tokens: int, longest: int) -> list[int]:
 
 def _truth(
     setting: Setting, problems: Mapping[str, Problem], dtype: str
-) -> dict[str, tuple[Answer, torch.Tensor]]:
+) -> dict[str, tuple[Answer, Tensor]]:
     """Brute force in float32 with all queries on target and proxy, and the query norms.
 
     In bfloat16 on the target alone: the gradients of a plain SVD, whose predictions are noise,
@@ -356,14 +360,27 @@ def _truth(
 
 def _unposed(model: Any, pool: Sequence[Encoded], n_queries: int) -> Problem:
     """A problem with random query gradients: what they are does not change the cost."""
-    generator = torch.Generator().manual_seed(0)
     layers = scored_linears(model, LayersSection())
-    gradients = {
-        name: torch.randn(n_queries, *layer.weight.shape, generator=generator)
-        for name, layer in layers.items()
-    }
+    gradients = dict(Drawn(layers, n_queries))
     longest_first = sorted(pool, key=len, reverse=True)
     return Problem(model, layers, longest_first, longest_first[:n_queries], gradients, pad_id=0)
+
+
+class Drawn(Mapping[str, Tensor]):
+    """Random query gradients (queries, out, in), each layer's made when it is asked for."""
+
+    def __init__(self, layers: Mapping[str, nn.Linear], n_queries: int) -> None:
+        self.layers, self.n_queries = layers, n_queries
+
+    def __getitem__(self, name: str) -> Tensor:
+        generator = torch.Generator().manual_seed(list(self.layers).index(name))
+        return torch.randn(self.n_queries, *self.layers[name].weight.shape, generator=generator)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
 
 
 def _at(problem: Problem, model: Any) -> Problem:
