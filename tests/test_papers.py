@@ -152,7 +152,7 @@ def test_a_table_needs_the_stages_of_its_own_runs_alone() -> None:
 
 
 STUDIES = {
-    "llama-3.2-3b": "t2 t4 t7 t9 t11 t12 t14 t15",
+    "llama-3.2-3b": "t2 t4 t7 t8 t9 t11 t12 t14 t15",
     "gemma-3-4b": "t2 t4",
     "qwen3-4b": "t2 f1",
     "qwen2-7b": "t2 t14",

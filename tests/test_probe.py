@@ -151,6 +151,38 @@ def test_layers_in_several_passes_give_the_same_bytes(
             np.testing.assert_array_equal(array[:], parts[kind][name][:])
 
 
+@pytest.mark.usefixtures("reader")
+def test_a_redundant_probe_blends_the_same_positions_of_every_layer(
+    tmp_path: Path, parents: dict[str, Path]
+) -> None:
+    whole, _ = run(tmp_path, parents)
+    mixed, _ = run(tmp_path, parents, redundancy=0.25)
+    blended = mixed["blended"][:]
+    assert len(blended) == 10
+    staying = np.setdiff1d(np.arange(40), blended)
+    ends = None
+    for kind in ("inputs", "output_grads"):
+        for name, array in whole[kind].arrays():
+            rows, found = array[:].astype(np.float64), mixed[kind][name][:]
+            np.testing.assert_array_equal(found[staying], array[:][staying])
+            if ends is None:  # of the first blend, looked for among all pairs
+                ends = ends_of(found[blended[0]], rows, staying)
+            i, j, share = ends
+            expected = rows[i] + share * (rows[j] - rows[i])
+            np.testing.assert_allclose(found[blended[0]], expected, rtol=1e-4, atol=1e-6)
+
+
+def ends_of(row: np.ndarray, rows: np.ndarray, staying: np.ndarray) -> tuple[int, int, float]:
+    """The pair of rows, and the share of the way between them, that a blend comes closest to."""
+    found = []
+    for i in staying:
+        for j in staying[staying != i]:
+            way = rows[j] - rows[i]
+            share = float((row - rows[i]) @ way / max(way @ way, 1e-300))
+            found.append((np.linalg.norm(row - rows[i] - share * way), i, j, share))
+    return min(found)[1:]
+
+
 def test_the_papers_rule_takes_the_largest_rank_between_512_and_2048() -> None:
     layers = {"a": nn.Linear(8, 8), "b": nn.Linear(3072, 8192, device="meta")}
     rule = dict(sparsity=0.3, rank_multiple=128, rank_rounding="ceil", dense_rule="parameters")

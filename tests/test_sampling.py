@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iprox.errors import ConfigError
-from iprox.numerics.sampling import spread, stratified_positions
+from iprox.numerics.sampling import (
+    NEIGHBOURS,
+    blend,
+    draw_blends,
+    spread,
+    stratified_positions,
+)
 
 
 @settings(deadline=None, derandomize=True, max_examples=500)
@@ -58,3 +64,34 @@ def test_a_budget_below_the_sequences_is_refused() -> None:
         stratified_positions([], 0, 0)
     with pytest.raises(ValueError, match="negative"):
         stratified_positions([-1], 2, 0)
+
+
+def test_blends_lie_between_a_row_that_stays_and_one_of_its_nearest() -> None:
+    rows = np.random.default_rng(0).normal(size=(40, 6))
+    blends = draw_blends(rows, 0.3, seed=1)
+    assert len(blends.replaced) == len(set(blends.replaced)) == 12
+    staying = set(range(40)) - set(blends.replaced)
+    assert set(blends.kept) | set(blends.neighbours) <= staying
+    mixed = blend(rows, blends)
+    np.testing.assert_array_equal(mixed[sorted(staying)], rows[sorted(staying)])
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    for place, i, j, share in zip(*blends, strict=True):
+        others = sorted(staying - {i}, key=lambda k: -unit[k] @ unit[i])
+        assert j in others[:NEIGHBOURS]
+        np.testing.assert_allclose(mixed[place], (1 - share) * rows[i] + share * rows[j])
+    assert 0 <= blends.shares.min() < 0.5 < blends.shares.max() < 1
+
+
+def test_blends_are_drawn_by_the_seed_and_apply_to_stacked_rows() -> None:
+    rows = np.random.default_rng(0).normal(size=(30, 4))
+    first, again, other = (draw_blends(rows, 0.5, seed) for seed in (3, 3, 4))
+    assert all(map(np.array_equal, first, again))
+    assert not np.array_equal(first.replaced, other.replaced)
+    both = blend(np.stack([rows, -rows]), first)
+    np.testing.assert_array_equal(both[0], blend(rows, first))
+    np.testing.assert_array_equal(both[1], -both[0])
+
+
+def test_too_few_rows_to_blend_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"probe\.redundancy[\s\S]*5 of 10"):
+        draw_blends(np.ones((10, 2)), 0.5, 0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import zarr
 from torch import Tensor, nn
 
 from iprox.data.chat import IGNORED, Encoded
@@ -15,7 +16,7 @@ from iprox.engine.capture import backward_pass, input_sites
 from iprox.models.flops import load_of, network_of
 from iprox.numerics import flops
 from iprox.numerics.ranks import rank_for
-from iprox.numerics.sampling import stratified_positions
+from iprox.numerics.sampling import blend, draw_blends, stratified_positions
 from iprox.progress import track
 from iprox.stages.passes import Reader, free_bytes, layer_groups, open_reader
 from iprox.stages.positions import Drawn
@@ -38,7 +39,8 @@ def make(job: Job) -> Metrics:
     float32, ``example_id`` and ``position`` (tokens,). A site is the first layer, in model
     order, that reads an input; ``layers`` in the root attributes gives each layer's site, out
     and in. The rows of all layers are of the same positions in the same order. Output
-    gradients are those of each example's own loss.
+    gradients are those of each example's own loss. With ``probe.redundancy`` some rows give way
+    to blends of two others, and ``blended`` has their places.
 
     Returns:
         Counts of positions (tokens), of the examples and tokens passed, and FLOPs.
@@ -78,6 +80,7 @@ def make(job: Job) -> Metrics:
             "loss_reduction": influence.loss_reduction,
             "positions": section.positions,
             "labels": section.labels,
+            "redundancy": section.redundancy,
             "seed": section.seed,
         },
     )
@@ -98,6 +101,8 @@ def make(job: Job) -> Metrics:
                 rows |= record_tangents(reader, own, drawn, queries, coefficients, progress)
             for name, array in rows.items():
                 put(store, name, array, ("tokens", "in" if name.startswith("inputs/") else "out"))
+    if section.redundancy:
+        make_redundant(store, n_tokens, section)
     if n_tokens < wanted:
         log.warning("the probe examples have %d usable positions, %d were asked", n_tokens, wanted)
     load = load_of(usable.encoded)
@@ -164,6 +169,31 @@ def record(
         backward_pass(reader.model, layers, batch, visit, influence.loss_reduction, ids)
         progress.advance(len(ids), tokens=int(batch.lengths.sum()))
     return rows
+
+
+def make_redundant(store: zarr.Group, n_tokens: int, section: ProbeSection) -> None:
+    """Blend a share of the rows, those of one position alike in every layer.
+
+    Positions are near to each other by the input of the last layer.
+
+    Args:
+        store: Has the rows of all layers; of inputs there may be several at a position.
+        n_tokens: Positions.
+        section: How many give way, and the seed.
+    """
+    site = list(store.attrs["layers"].values())[-1]["site"]
+    inputs = np.asarray(store[f"inputs/{site}"]).reshape(
+        -1, n_tokens, store[f"inputs/{site}"].shape[1]
+    )
+    at_position = inputs.transpose(1, 0, 2).reshape(n_tokens, -1)
+    blends = draw_blends(at_position, section.redundancy, section.seed)
+    for group in ("inputs", "output_grads"):
+        for _, array in sorted(store[group].arrays()):
+            rows = np.asarray(array)
+            array[...] = blend(rows.reshape(-1, n_tokens, rows.shape[1]), blends).reshape(
+                rows.shape
+            )
+    put(store, "blended", blends.replaced, ("blends",))
 
 
 def _section(job: Job) -> ProbeSection:

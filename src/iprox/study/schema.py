@@ -278,6 +278,13 @@ class ProbeSection(Section):
     labels: Literal["response", "all"] = Field(
         "response", description="Loss over response tokens, or over all tokens (reference code)."
     )
+    redundancy: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the positions whose rows give way to blends of two others, in all "
+        "layers alike: the paper's study of redundant probes.",
+    )
     seed: int = Field(0, description="Seed of the positions drawn inside each stratum.")
 
 
