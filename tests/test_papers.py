@@ -171,6 +171,20 @@ def test_every_row_of_a_papers_model_has_a_run_in_its_study_file(study: str) -> 
                 assert runs, (name, row["row"])
 
 
+def test_the_small_study_has_a_run_for_every_row_that_its_models_and_pool_allow() -> None:
+    plan = plan_study(load_study([ROOT / "config/small/papers.yaml"], {}))
+    tables = plan_tables(plan)[1]
+    missing = []
+    for name in "t2 t3 t4 t5 t6 t7 t8 t9 t10 t11 t12 t14 t15 f1 f4".split():
+        params = tables[name].params
+        first = params["table"]["rows"][0]["model"]
+        for row, runs in zip(params["table"]["rows"], params["ours"], strict=True):
+            needed = row["model"] == first and row["runs"] and not runs
+            if needed and row["runs"].get("proxy.kind") != "model":  # no smaller model is at hand
+                missing.append((name, row["row"]))
+    assert missing == [("t7", "5x")]  # more examples than the pool has
+
+
 def test_small_studies_share_more_than_half_of_their_jobs() -> None:
     files = sorted((ROOT / "config" / "small").glob("*.yaml"))
     plans = [plan_study(load_study([file], {})) for file in files]
