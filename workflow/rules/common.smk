@@ -61,6 +61,15 @@ FILES = {
         "summary.txt",
     ],
 }
+
+# What a person reads, by the heading under which `snakemake --report` shows it.
+SHOWN = {
+    "report": ("Study", ["index.html", "summary.txt"]),
+    "paper_table": ("Tables of the papers", ["table.md", "summary.txt"]),
+    "synthetic": ("Small networks", ["retention.svg"]),
+    "faithfulness": ("Faithfulness", ["summary.txt"]),
+    "retrieval": ("Retrieval of facts", ["summary.txt"]),
+}
 SCRIPTS = Path(workflow.basedir) / "workflow" / "scripts"
 
 prepare_jobs(Path(workflow.basedir) / "src")
@@ -82,8 +91,13 @@ wildcard_constraints:
 
 
 def files(stage):
-    """Output of a stage's rule: its main files by pattern."""
-    return [f"results/{stage}/{{id}}/{name}" for name in FILES[stage]]
+    """Output of a stage's rule: its main files by pattern, those to be shown marked."""
+    category, shown = SHOWN.get(stage, ("", []))
+    found = {name: f"results/{stage}/{{id}}/{name}" for name in FILES[stage]}
+    for name in shown:
+        labels = {"artifact": "{id}", "file": name}
+        found[name] = report(found[name], category=category, labels=labels)
+    return list(found.values())
 
 
 def manifest(stage):

@@ -169,15 +169,15 @@ class _Course:
         self.encoder.model.train()
         lesson, settings = self.lesson, self.settings
         for queries, candidates in blocks(lesson.labels, settings, self.steps, self.generator):
-            texts = [lesson.queries[i] for i in queries]
-            texts += [lesson.candidates[i] for i in candidates]
+            asked = [lesson.queries[i] for i in queries]
+            found = [lesson.candidates[i] for i in candidates]
             labels = torch.from_numpy(lesson.labels[np.ix_(queries, candidates)])
             labels = labels.to(self.encoder.device)
-            *losses, norm = _step(self.encoder, texts, labels, self.optimizer, settings)
+            *losses, norm = _step(self.encoder, asked, found, labels, self.optimizer, settings)
             lr = float(self.schedule.get_last_lr()[0])
             self.schedule.step()
             self.rows.append([len(self.rows) + 1, self.epoch + 1, *losses, lr, norm])
-            seen = sum(map(len, texts))
+            seen = sum(map(len, asked + found))
             self.tokens += seen
             progress.advance(1, tokens=seen, note=f"loss {losses[0]:.3f}")
         self.encoder.model.eval()
@@ -252,19 +252,21 @@ def passes(n: int, size: int, steps: int, generator: np.random.Generator) -> Ite
 
 def _step(
     encoder: Encoder,
-    texts: Sequence[list[int]],
+    queries: Sequence[list[int]],
+    candidates: Sequence[list[int]],
     labels: Tensor,
     optimizer: torch.optim.Optimizer,
     settings: EncoderSection,
 ) -> tuple[float, float, float, float]:
     """One update; loss, its two parts, and the norm of the gradient.
 
+    Queries and candidates are embedded apart, so that the ones are not padded to the others.
+
     Raises:
         NumericsError: One of them is not finite.
     """
-    rows = encoder.embed(texts)
-    queries, candidates = rows[: len(labels)], rows[len(labels) :]
-    loss = distillation_loss(queries @ candidates.mT, labels, settings.alpha, settings.temperature)
+    scores = encoder.embed(queries) @ encoder.embed(candidates).mT
+    loss = distillation_loss(scores, labels, settings.alpha, settings.temperature)
     loss.total.backward()
     norm = torch.nn.utils.clip_grad_norm_(encoder.model.parameters(), GRADIENT_CLIP)
     if not (torch.isfinite(loss.total) and torch.isfinite(norm)):
