@@ -95,7 +95,7 @@ def finish(folder: Path, config: dict[str, Any]) -> None:
 
 FILES = {
     "pool": ["pool.parquet"],
-    "task": ["queries.parquet", "test.parquet"],
+    "task": ["queries.parquet", "test.parquet", "texts.parquet"],
     "target": ["config.json"],
     "split": ["split.parquet"],
     "warmup": ["config.json"],
@@ -132,6 +132,7 @@ def main() -> None:
         if args.finished:
             finish(folder, smaller)
             measure("snakemake -n, finished", [*snakemake, "-n", "--", "rankings"], folder)
+            measure("snakemake, finished", [*snakemake, "--", "rankings"], folder)
 
 
 if __name__ == "__main__":
