@@ -180,6 +180,14 @@ def test_starting_the_command_imports_nothing_heavy(arguments: list[str]) -> Non
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("stage", ["features", "finetune", "probe", "query", "ranking"])
+def test_a_job_imports_no_library_that_it_may_not_need(stage: str) -> None:
+    heavy = ("scipy.stats", "sklearn", "transformers", "datasets", "lm_eval", "matplotlib")
+    code = f"import sys, iprox.stages.{stage}; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 @pytest.mark.parametrize("arguments", [["schema"], ["runs"], ["verify", "nothing"]])
 def test_looking_never_imports_torch(arguments: list[str], tmp_path: Path) -> None:
     code = (

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import Tensor
 
 from iprox.numerics.ghost import widen
@@ -181,6 +180,8 @@ def gram_agreement(ours: Tensor, theirs: Tensor) -> float:
         ours: Inner products (examples, examples); its diagonal holds the squared norms.
         theirs: Those of the same examples in another model.
     """
+    from scipy import stats
+
     rows, columns = np.triu_indices(len(ours), k=1)
     left, right = (_gram_cosines(gram).cpu().numpy()[rows, columns] for gram in (ours, theirs))
     if not (len(left) > 1 and np.ptp(left) > 0 and np.ptp(right) > 0):

@@ -1,7 +1,8 @@
 """Agreement of two sets of scores for the same examples, with bootstrap intervals.
 
 Every measure takes paired scores (..., examples), so that thousands of resamples are measured
-at once, and is 1 for equal orders.
+at once, and is 1 for equal orders. scipy.stats takes longer to import than most jobs that only
+pass by here, so it is imported where it is used.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from scipy import stats
 
 Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Measure of two arrays (resamples, examples) -> (resamples,)."""
@@ -30,11 +30,15 @@ def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Rank correlation, ties sharing their mean rank, (...); NaN where either is constant."""
+    from scipy import stats
+
     return pearson(stats.rankdata(a, axis=-1), stats.rankdata(b, axis=-1))
 
 
 def kendall(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Kendall's tau-b, (...); NaN where either is constant."""
+    from scipy import stats
+
     rows = zip(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]), strict=True)
     return np.array([stats.kendalltau(x, y).statistic for x, y in rows]).reshape(a.shape[:-1])
 

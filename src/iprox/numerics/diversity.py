@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.sparse.linalg import svds
 
 EXACT_SIDE = 1024
 """Smaller side of a matrix up to which all of its singular vectors are computed."""
@@ -27,6 +26,8 @@ def principal_directions(rows: np.ndarray, k: int) -> np.ndarray:
     if min(unit.shape) <= max(EXACT_SIDE, k):
         _, values, directions = np.linalg.svd(unit, full_matrices=False)
     else:
+        from scipy.sparse.linalg import svds
+
         start = np.full(min(unit.shape), 1 / np.sqrt(min(unit.shape)))
         _, values, directions = svds(unit, k=k, v0=start)
         order = np.argsort(-values)

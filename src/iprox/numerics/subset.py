@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from iprox.errors import NumericsError
 
@@ -59,6 +58,8 @@ def calibrate(scores: np.ndarray, how: str) -> np.ndarray:
     if how == "zscore":
         out[known] = (values - values.mean()) / values.std()
     else:
+        from scipy import stats
+
         out[known] = (stats.rankdata(values) - 1) / (len(values) - 1)
     return out
 

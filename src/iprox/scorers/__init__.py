@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from scipy import stats
 
 from iprox.errors import ConfigError
 from iprox.stages.texts import Texts, pool_blocks
@@ -126,6 +125,8 @@ def preferred(values: np.ndarray, prefer: str) -> np.ndarray:
     known = ~np.isnan(values)
     scores = np.full(values.shape, -np.inf)
     if prefer == "middle":
+        from scipy import stats
+
         ranks = stats.rankdata(values[known])
         scores[known] = -np.abs(ranks - (len(ranks) + 1) / 2)
     else:
