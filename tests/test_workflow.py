@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -224,6 +225,13 @@ def test_every_artifact_is_as_its_manifest_says_and_explains_itself(finished: Pa
 
 def test_a_finished_study_has_nothing_to_do(finished: Path) -> None:
     assert "Nothing to be done" in snakemake(finished, study())
+
+
+def test_snakemakes_own_report_shows_the_page(finished: Path) -> None:
+    snakemake(finished, study(), "--report", "snakemake.html")
+    page = (finished / "snakemake.html").read_text(encoding="utf-8")
+    shown = set(re.findall(r'"labels": \{[^}]*"file": "([^"]+)"', page))
+    assert shown == {"index.html", "summary.txt"}
 
 
 def test_a_changed_parameter_reruns_what_depends_on_it_and_going_back_runs_nothing(
