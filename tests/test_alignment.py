@@ -79,7 +79,11 @@ def setup(
     target = float64_model(architecture)
     proxy = Factorised(as_proxy(target, svd_factors(target)), AlignSection(**settings))
     batch = make_batch()
-    return proxy, batch, objective.observe(target, block_linears(target, ALL), batch, proxy.align)
+    return (
+        proxy,
+        batch,
+        objective.TargetView(target, block_linears(target, ALL), batch, proxy.align),
+    )
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -173,11 +177,10 @@ def test_factor_gradients_are_the_projected_dense_gradient() -> None:
     for name, linear in block_linears(product, ALL).items():
         linear.weight.data = factors[name].left @ factors[name].right
     proxy, batch = Factorised(as_proxy(target, factors), AlignSection()), make_batch()
-    view = objective.observe(product, block_linears(product, ALL), batch, proxy.align)
+    view = objective.TargetView(product, block_linears(product, ALL), batch, proxy.align)
     own = torch.autograd.grad(objective._loss(proxy.model, batch), proxy.parameters)
-    projected = [
-        t for name in proxy.layers for t in alignment.project(view.layers[name], factors[name])
-    ]
+    seen = view.layers
+    projected = [t for name in proxy.layers for t in alignment.project(seen[name], factors[name])]
     assert relative_error(own, projected) < 1e-10
 
 
@@ -251,7 +254,7 @@ def test_a_proxy_of_full_rank_is_aligned() -> None:
     target = float64_model()
     proxy = Factorised(as_proxy(target, svd_factors(target, rank=None)), AlignSection(lambda_kl=1))
     batch = make_batch()
-    view = objective.observe(target, block_linears(target, ALL), batch, proxy.align)
+    view = objective.TargetView(target, block_linears(target, ALL), batch, proxy.align)
     found, gradient = objective.gradient(proxy, batch, view)
     assert found.loss_ga <= 1e-12
     assert 0 <= found.kl + 1e-15 <= 1e-12
@@ -327,7 +330,7 @@ def test_central_differences_hold_in_float32_and_leave_the_factors_as_they_were(
     batch, gradients = make_batch(), {}
     for hvp in ("double_backward", "central_diff"):
         proxy = Factorised(as_proxy(target, svd_factors(target)), AlignSection(hvp=hvp))
-        view = objective.observe(target, block_linears(target, ALL), batch, proxy.align)
+        view = objective.TargetView(target, block_linears(target, ALL), batch, proxy.align)
         before = proxy.copy()
         gradients[hvp] = objective.gradient(proxy, batch, view)[1]
         assert same(proxy.copy(), before)

@@ -16,7 +16,7 @@ from iprox.engine.capture import backward_pass, input_sites
 from iprox.engine.curvature import WhitenedNorms
 from iprox.engine.geometry import gradient_gram
 from iprox.engine.loss import Batch
-from iprox.engine.objective import Factorised, evaluate, gradient, observe
+from iprox.engine.objective import Factorised, TargetView, evaluate, gradient
 from iprox.models.flops import network_of
 from iprox.models.layers import block_linears, scored_linears
 from iprox.models.load import as_proxy
@@ -209,11 +209,11 @@ def test_an_alignment_step(hvp: Any, exact: bool, positions: Any) -> None:
     trained = Factorised(proxy(target), align)
     dense = {name: target.get_submodule(name) for name in trained.layers}
     texts = batch()
-    found = counted(lambda: gradient(trained, texts, observe(target, dense, texts, align)))
+    found = counted(lambda: gradient(trained, texts, TargetView(target, dense, texts, align)))
     how = Anchoring(hvp, exact, kl=True, all_positions=positions == "all")
     nets = (network_of(target), network_of(trained.model, scored_linears(trained.model, ALL)))
     assert flops.alignment_step(*nets, LOAD, how) == pytest.approx(found, rel=TOLERANCE)
-    held = counted(lambda: evaluate(trained, texts, observe(target, dense, texts, align)))
+    held = counted(lambda: evaluate(trained, texts, TargetView(target, dense, texts, align)))
     assert flops.heldout_objective(*nets, LOAD, how) == pytest.approx(held, rel=TOLERANCE)
 
 

@@ -33,7 +33,7 @@ from iprox.engine.align_run import (
 from iprox.engine.capture import watch
 from iprox.engine.geometry import gradient_gram
 from iprox.engine.loss import Batch, example_losses, input_embeddings
-from iprox.engine.objective import Factorised, Objective, evaluate, gradient, observe
+from iprox.engine.objective import Factorised, Objective, TargetView, evaluate, gradient
 from iprox.engine.recovery import imitate
 from iprox.errors import ConfigError, NumericsError
 from iprox.models.layers import scored_linears
@@ -313,8 +313,8 @@ class _Judge(Generic[ExampleT]):
         return mean_objective(found, sizes)
 
     def _batch_objective(self, batch: Batch) -> Objective:
-        """The objective on one batch; what the target shows of it is gone before the next."""
-        view = observe(self.target, self.dense, batch, self.proxy.align)
+        """The objective on one batch."""
+        view = TargetView(self.target, self.dense, batch, self.proxy.align)
         return evaluate(self.proxy, batch, view)
 
     def _gram(self, model: Any, layers: Mapping[str, nn.Linear]) -> Tensor:
@@ -470,7 +470,7 @@ def _recovery_step(trained: _Trained, batch: Batch) -> _Step:
 def _gradient_step(trained: _Trained, batch: Batch) -> _Step:
     """The alignment objective on a batch, and its gradient."""
     judge, proxy = trained.judge, trained.proxy
-    view = observe(judge.target, judge.dense, batch, proxy.align)
+    view = TargetView(judge.target, judge.dense, batch, proxy.align)
     found, gradients = gradient(proxy, batch, view)
     return _Step(
         _point(found, 0, 0.0, "train"),

@@ -10,7 +10,7 @@ needs first-order memory only and works with every attention kernel.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -35,6 +35,7 @@ from iprox.numerics.alignment import (
     Observed,
     alignment_loss,
     anchor,
+    mean_terms,
     pair_derivatives,
     project,
 )
@@ -51,12 +52,62 @@ TWICE = ("sdpa", "eager")
 """Attention implementations that have, or can be asked for, a kernel with second derivatives."""
 
 
-class TargetView(NamedTuple):
-    """What the target shows of one batch: all that alignment needs of it."""
+class TargetView:
+    """What the target shows of one batch: all that alignment needs of it.
 
-    layers: dict[str, Observed]
-    logits: Tensor  # (positions, vocabulary), where the anchor holds
-    loss: float
+    The inputs and output gradients of its layers take as much memory as the activations of a
+    training step. They are computed when they are asked for, handed on a layer at a time, and
+    never kept; the weight gradients are never formed.
+
+    Args:
+        target: The frozen target.
+        layers: Its layers that are factorised in the proxy.
+        batch: Examples; the loss is the token mean over all its supervised tokens.
+        align: Says where logits are anchored.
+    """
+
+    def __init__(
+        self, target: Any, layers: Mapping[str, nn.Linear], batch: Batch, align: AlignSection
+    ) -> None:
+        self._target, self._layers, self._batch = target, layers, batch
+        self._positions = _anchored(batch, align)
+        self._seen: tuple[float, Tensor] | None = None
+
+    @property
+    def loss(self) -> float:
+        """Loss of the batch."""
+        return self._forward()[0]
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits (positions, vocabulary) where the anchor holds."""
+        return self._forward()[1]
+
+    @property
+    def layers(self) -> dict[str, Observed]:
+        """All layers at once, by one forward and one backward pass."""
+        found: dict[str, Observed] = {}
+        self.each_layer(found.__setitem__)
+        return found
+
+    def each_layer(self, use: Callable[[str, Observed], None]) -> None:
+        """One forward and one backward pass, with a call for every layer, the last ones first."""
+
+        def visit(name: str, inputs: Tensor, output_grads: Tensor) -> None:
+            use(name, Observed(inputs.flatten(0, 1), output_grads.flatten(0, 1)))
+
+        embeds = input_embeddings(self._target, self._batch)
+        with watch(self._layers, visit), torch.enable_grad():
+            loss, logits = _forward(self._target, self._batch, self._positions, embeds)
+            self._seen = float(loss.detach()), logits.detach()
+            torch.autograd.backward(loss, inputs=[embeds])
+
+    @torch.no_grad()
+    def _forward(self) -> tuple[float, Tensor]:
+        if self._seen is None:
+            loss, logits = _forward(self._target, self._batch, self._positions)
+            self._seen = float(loss), logits
+        return self._seen
 
 
 class Objective(NamedTuple):
@@ -118,37 +169,15 @@ class Factorised:
             layer.right.weight.copy_(factors[name].right)
 
 
-def observe(
-    target: Any, layers: Mapping[str, nn.Linear], batch: Batch, align: AlignSection
-) -> TargetView:
-    """One forward and one backward pass of the target; its weight gradients are never formed.
-
-    Args:
-        target: The frozen target.
-        layers: Its layers that are factorised in the proxy.
-        batch: Examples; the loss is the token mean over all its supervised tokens.
-        align: Says where logits are anchored.
-    """
-    seen: dict[str, Observed] = {}
-
-    def visit(name: str, inputs: Tensor, output_grads: Tensor) -> None:
-        seen[name] = Observed(inputs.flatten(0, 1), output_grads.flatten(0, 1))
-
-    embeds = input_embeddings(target, batch)
-    with watch(layers, visit), torch.enable_grad():
-        loss, logits = _forward(target, batch, _anchored(batch, align), embeds)
-        torch.autograd.backward(loss, inputs=[embeds])
-    return TargetView(seen, logits.detach(), float(loss.detach()))
-
-
 def evaluate(proxy: Factorised, batch: Batch, target: TargetView) -> Objective:
     """The objective on one batch, without its gradient."""
     with torch.enable_grad():
         loss, logits = _forward(proxy.model, batch, _anchored(batch, proxy.align))
         own = _pairs(torch.autograd.grad(loss, proxy.parameters))
+    loss, logits = loss.detach(), logits.detach()  # the graph goes before the target's comes
+    terms = _distance(proxy, own, target)
     with torch.no_grad():
         kl = _anchor(proxy, batch, target, logits)
-        terms = _distance(proxy, own, _projected(proxy, target))
     return _summary(proxy, terms, kl, loss, target)
 
 
@@ -158,7 +187,7 @@ def gradient(proxy: Factorised, batch: Batch, target: TargetView) -> tuple[Objec
     Args:
         proxy: The proxy; ``align.hvp`` says how second-order terms are computed.
         batch: The same batch the target has seen.
-        target: Result of :func:`observe`.
+        target: Of the same batch.
     """
     if proxy.align.hvp == "double_backward":
         return _double_backward(proxy, batch, target)
@@ -213,7 +242,8 @@ def _double_backward(
     with differentiable_attention(), torch.enable_grad():
         loss, logits = _forward(proxy.model, batch, _anchored(batch, proxy.align))
         own = _pairs(torch.autograd.grad(loss, parameters, create_graph=True))
-        terms = _distance(proxy, own, _projected(proxy, target))
+        weight = proxy.align.distance_weight
+        terms = alignment_loss(own, _projected(proxy, target.layers), weight)
         kl = _anchor(proxy, batch, target, logits)
         total = terms.loss + proxy.align.lambda_kl * kl
         gradients = list(torch.autograd.grad(total, parameters))
@@ -238,21 +268,23 @@ def _first_order(
             kl = _anchor(proxy, batch, target, logits)
             explicit = list(torch.autograd.grad(align.lambda_kl * kl, parameters))
         else:
-            kl = _anchor(proxy, batch, target, logits.detach())
             explicit = [torch.zeros_like(p) for p in parameters]
-    with torch.no_grad():
-        projected = list(_projected(proxy, target))
-        terms = _distance(proxy, own, projected)
-        scale = align.distance_weight / len(own)
-        direction: list[Tensor] = []
-        for i, name in enumerate(proxy.layers):
-            by_own, by_projected = pair_derivatives(own[i], projected[i])
-            direction += [scale * d for d in by_own]
-            if align.grad == "exact":
-                by_factors = project(target.layers[name], by_projected)
-                for j, d in enumerate(by_factors):
-                    explicit[2 * i + j].add_(scale * d)
-    return _summary(proxy, terms, kl, loss, target), direction, explicit
+    loss, logits = loss.detach(), logits.detach()  # the graph goes before the target's comes
+    scale = align.distance_weight / len(own)
+
+    def differentiate(i: int, observed: Observed, projected: FactorPair) -> None:
+        by_own, by_projected = pair_derivatives(own[i], projected)
+        own[i] = FactorPair(*(scale * d for d in by_own))  # in the place of what is done with
+        if align.grad == "exact":
+            for j, d in enumerate(project(observed, by_projected)):
+                explicit[2 * i + j].add_(scale * d)
+
+    terms = _distance(proxy, own, target, differentiate)
+    if align.lambda_kl == 0:
+        with torch.no_grad():
+            kl = _anchor(proxy, batch, target, logits)
+    direction = [d for pair in own for d in pair]
+    return _summary(proxy, terms, kl.detach(), loss, target), direction, explicit
 
 
 class _BatchLoss(nn.Module):
@@ -337,21 +369,42 @@ def _anchor(proxy: Factorised, batch: Batch, target: TargetView, logits: Tensor)
     return anchor(target.logits, logits, owner, proxy.align.tau)
 
 
-def _projected(proxy: Factorised, target: TargetView) -> Iterator[FactorPair]:
-    """The target's gradient in the proxy's factors, live in them unless the config stops it.
-
-    One layer at a time: all of them take as much memory as the factors.
-    """
+def _projected(proxy: Factorised, layers: Mapping[str, Observed]) -> Iterator[FactorPair]:
+    """The target's gradient in the proxy's factors, live in them unless the config stops it."""
     for name, pair in zip(proxy.layers, proxy.factors, strict=True):
         if proxy.align.grad == "stop_projection":
             pair = FactorPair(*(t.detach() for t in pair))
-        yield project(target.layers[name], pair)
+        yield project(layers[name], pair)
 
 
 def _distance(
-    proxy: Factorised, own: Sequence[FactorPair], projected: Iterable[FactorPair]
+    proxy: Factorised,
+    own: Sequence[FactorPair],
+    target: TargetView,
+    then: Callable[[int, Observed, FactorPair], None] | None = None,
 ) -> AlignmentTerms:
-    return alignment_loss(own, projected, proxy.align.distance_weight)
+    """Distances of all layers, each taken while the target's backward pass goes by.
+
+    Args:
+        proxy: The proxy.
+        own: Gradients of its factors.
+        target: Of the same batch.
+        then: Called for every layer after its distance, with its place, what the target's layer
+            saw, and the target's gradient in the factors.
+    """
+    places = {name: i for i, name in enumerate(proxy.layers)}
+    factors, found = proxy.factors, dict[str, AlignmentTerms]()
+
+    @torch.no_grad()
+    def compare(name: str, observed: Observed) -> None:
+        i = places[name]
+        projected = project(observed, factors[i])
+        found[name] = alignment_loss([own[i]], [projected], proxy.align.distance_weight)
+        if then is not None:
+            then(i, observed, projected)
+
+    target.each_layer(compare)
+    return mean_terms([found[name] for name in proxy.layers])
 
 
 def _summary(

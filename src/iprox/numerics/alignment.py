@@ -124,6 +124,13 @@ def alignment_loss(
     return AlignmentTerms(loss, cosines.reshape(-1, 2), int((~lives).sum()))
 
 
+def mean_terms(layers: Sequence[AlignmentTerms]) -> AlignmentTerms:
+    """The terms of all layers, from those of each by itself."""
+    loss = torch.stack([one.loss for one in layers]).mean()
+    cosines = torch.cat([one.cosines for one in layers])
+    return AlignmentTerms(loss, cosines, sum(one.n_zero for one in layers))
+
+
 def anchor(teacher: Tensor, student: Tensor, owner: Tensor, tau: float = 1.0) -> Tensor:
     """Distance of the proxy's predictions from the target's (IProX, arXiv:2602.17835, Eq. 7).
 

@@ -452,6 +452,8 @@ def alignment_step(target: Network, proxy: Network, load: Load, how: Anchoring) 
         return observe + project + _double_backward(proxy, load, logits)
     gradient = input_backward(proxy, load, logits) + 2 * proxy.factor_weights * tokens
     first_order = forward(proxy, load, logits) + gradient * (2 if how.kl else 1)
+    if how.kl:  # the anchor needs the target's predictions before its gradients are compared
+        observe += forward(target, load, logits)
     return observe + project + first_order + _hessian_vector(proxy, load, how.hvp)
 
 
