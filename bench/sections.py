@@ -194,15 +194,24 @@ def _twice(run: Callable[[], object]) -> Callable[[], object]:
     return lambda: (run(), run())
 
 
-def memory(setting: Setting, model: str, n_queries: int, query_dtype: str) -> list[Row]:
-    """Peak memory of the exact scorer above that of the frozen pass."""
+def memory(setting: Setting, model: str, n_queries: int, how: str) -> list[Row]:
+    """Peak memory of the scorer above that of the frozen pass.
+
+    Args:
+        setting: What the run was asked for.
+        model: Which model.
+        n_queries: Query gradients.
+        how: Precision of the query gradients, or ``cut`` to a low rank.
+    """
+    rank = QUERY_RANK if how == "cut" else 0
+    dtype = dtype_of("float32" if how == "cut" else how)
 
     def prepare(problem: Problem, scratch: Path) -> Scoring:
         # a layer at a time, as the stage reads them from its store
         stored = replace(problem, gradients=Drawn(problem.layers, n_queries))
-        return ours.prepare(stored, query_dtype=dtype_of(query_dtype))
+        return ours.prepare(stored, rank, dtype)
 
-    case = "ours" if query_dtype == "float32" else f"ours, queries in {query_dtype}"
+    case = {"float32": "ours", "cut": CUT}.get(how, f"ours, queries in {how}")
     return [_memory(setting, model, n_queries, case, prepare, takes_gradients=False)]
 
 
