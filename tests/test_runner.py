@@ -244,6 +244,36 @@ def test_a_killed_job_s_progress_is_given_to_its_next_attempt(tmp_path: Path) ->
     assert not list(tmp_path.rglob(".tmp-*"))
 
 
+def test_of_two_equal_jobs_at_once_one_keeps_progress(tmp_path: Path) -> None:
+    given: list[Path | None] = []
+
+    def second(job: Job) -> Metrics:
+        given.append(job.progress)
+        (job.out / "x").touch()
+        return {}
+
+    def first(job: Job) -> Metrics:
+        given.append(job.progress)
+        assert job.progress is not None
+        (job.progress / "step-1").touch()
+        run_stage(second, request(tmp_path / "other", store=tmp_path / "results" / ".objects"))
+        assert (job.progress / "step-1").exists()
+        return second(job)
+
+    run_stage(first, request(tmp_path))
+    assert [one is None for one in given] == [False, True, False]
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_a_job_that_kept_nothing_leaves_nothing(tmp_path: Path) -> None:
+    def make(job: Job) -> Metrics:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(make, request(tmp_path))
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
 def shard_stage(job: Job) -> Metrics:
     assert job.rows is not None
     out = job.out / "shard.zarr"

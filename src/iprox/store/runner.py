@@ -11,6 +11,7 @@ is not finished.
 from __future__ import annotations
 
 import errno
+import fcntl
 import importlib.metadata
 import json
 import logging
@@ -23,8 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,51 +173,88 @@ def _make(make: Make, request: Request, rows: tuple[int, int] | None, kept: Path
         _share(kept.parent, request.store)
     scratch = Path(tempfile.mkdtemp(prefix=f".tmp-{kept.name[:12]}-", dir=kept.parent))
     try:
-        out = scratch / "out"
-        out.mkdir()
-        job = Job(
-            stage=request.spec["stage"],
-            params=request.spec["params"],
-            parents=dict(request.parents),
-            out=out,
-            rows=rows,
-            data_dir=request.data_dir,
-            cache_dir=request.store.parent / ".cache",
-            strict=True,
-            progress=_progress_folder(kept),
-            gpus=request.gpus,
-        )
-        _watch_device_memory()
-        start = time.monotonic()
-        with loops() as ended:
-            metrics = make(job)
-        seconds = time.monotonic() - start
-        metrics = {**throughput(ended), **metrics}
-        if request.shard is not None:
-            (out / SHARD).rename(out / f"shard-{request.shard[0]:05d}.zarr")
-        manifest = describe(job.stage, out)
-        if not manifest.files:
-            raise ArtifactError("a stage finished without writing anything", where=job.stage)
-        (out / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        (out / PROVENANCE).write_text(
-            dump_json(provenance(request, metrics, seconds)), encoding="utf-8"
-        )
-        _flush(out)
-        _share(out, request.store)
-        try:
-            out.rename(kept)
-        except OSError:
-            if not _usable(kept):
-                raise
-            log.info("another job finished the same computation first; its result is used")
-        shutil.rmtree(_progress_folder(kept), ignore_errors=True)
+        with _progress_folder(kept) as progress:
+            out = _compute(make, request, rows, scratch, progress)
+            _share(out, request.store)
+            try:
+                out.rename(kept)
+            except OSError:
+                if not _usable(kept):
+                    raise
+                log.info("another job finished the same computation first; its result is used")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _progress_folder(kept: Path) -> Path:
-    """What this user's killed job left for its next attempt, of equal inputs, parameters, code."""
-    return kept.with_name(f".tmp-progress-{os.getuid()}-{kept.name}")
+def _compute(
+    make: Make,
+    request: Request,
+    rows: tuple[int, int] | None,
+    scratch: Path,
+    progress: Path | None,
+) -> Path:
+    """Run the stage and write its manifest and provenance; the folder of its outputs."""
+    out = scratch / "out"
+    out.mkdir()
+    job = Job(
+        stage=request.spec["stage"],
+        params=request.spec["params"],
+        parents=dict(request.parents),
+        out=out,
+        rows=rows,
+        data_dir=request.data_dir,
+        cache_dir=request.store.parent / ".cache",
+        strict=True,
+        progress=progress,
+        gpus=request.gpus,
+    )
+    _watch_device_memory()
+    start = time.monotonic()
+    with loops() as ended:
+        metrics = make(job)
+    seconds = time.monotonic() - start
+    metrics = {**throughput(ended), **metrics}
+    if request.shard is not None:
+        (out / SHARD).rename(out / f"shard-{request.shard[0]:05d}.zarr")
+    manifest = describe(job.stage, out)
+    if not manifest.files:
+        raise ArtifactError("a stage finished without writing anything", where=job.stage)
+    (out / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    (out / PROVENANCE).write_text(
+        dump_json(provenance(request, metrics, seconds)), encoding="utf-8"
+    )
+    _flush(out)
+    return out
+
+
+@contextmanager
+def _progress_folder(kept: Path) -> Iterator[Path | None]:
+    """What this user's killed job left for its next attempt, of equal inputs, parameters, code.
+
+    Two checkouts may compute the same at once: the folder is the first one's, locked, and the
+    other starts anew and keeps nothing. It is removed when the computation is finished.
+
+    Yields:
+        The folder; None while another job has it.
+    """
+    folder = kept.with_name(f".tmp-progress-{os.getuid()}-{kept.name}")
+    folder.mkdir(exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another job is at the same computation: this one keeps no checkpoints")
+            yield None
+            return
+        try:
+            yield folder
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            with suppress(OSError):  # something was kept
+                folder.rmdir()
+    finally:
+        os.close(handle)
 
 
 def _share(folder: Path, store: Path) -> None:
