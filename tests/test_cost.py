@@ -464,6 +464,15 @@ def test_the_time_from_start_to_end() -> None:
     assert makespan([], 1) == 0
 
 
+def test_a_spread_training_waits_for_all_its_devices() -> None:
+    scoring = line("query", "q", 4)
+    training = replace(line("finetune", "f", 12), gpus=2)
+    assert makespan([training], 2, 0) == 6
+    assert makespan([training], 3, 1) == 7
+    assert makespan([scoring, training], 3, 0) == 6
+    assert makespan([scoring, training], 2, 0) == 6 + 4  # the longer one first
+
+
 def test_shards_run_side_by_side() -> None:
     whole = [line("features", "f", 12, shards=4)]
     assert [makespan(whole, devices, 0) for devices in (1, 2, 3, 4, 8)] == [12, 6, 6, 3, 3]
@@ -568,6 +577,23 @@ def test_a_measured_rate_is_used_and_the_prediction_checked(folder: Path) -> Non
     assert "2026-01-01" in answer["basis"]["checked"]
     assert not any(s["finished"] for s in asked(folder, "--pool", "50")["stages"])
     assert "predicted / measured" in CliRunner().invoke(app, ["cost", "study.yaml"]).output
+
+
+def test_gpus_that_a_training_is_spread_over_are_counted(folder: Path) -> None:
+    study = folder / "study.yaml"
+    spread = folder / "spread.yaml"
+    spread.write_text("train_gpus: 4\n")
+    with pytest.raises(ConfigError, match=r"train_gpus[\s\S]*4 of 2"):
+        forecast(Question([study, spread], gpus=2, pool=1000, tokens=20), folder)
+    one = forecast(Question([study], gpus=4, pool=1000, tokens=20), folder)
+    four = forecast(Question([study, spread], gpus=4, pool=1000, tokens=20), folder)
+
+    def training(answer: Any) -> Line:
+        return next(x for x in answer.lines if x.node.stage == "warmup")
+
+    assert training(four).seconds == training(one).seconds  # of all GPUs together
+    assert (training(one).gpus, training(four).gpus) == (1, 4)
+    assert training(four).need.memory < training(one).need.memory
 
 
 def test_it_is_exact_about_what_it_knows(folder: Path) -> None:

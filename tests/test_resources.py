@@ -15,9 +15,10 @@ import yaml
 
 from iprox.numerics.ranks import Architecture
 from iprox.plan import sizes
+from iprox.plan.estimate import TRAININGS
 from iprox.plan.nodes import Node, Plan
 from iprox.plan.plan import plan_study
-from iprox.plan.resources import LEAST_MB, TRAININGS, Request, Requests, uses_device
+from iprox.plan.resources import LEAST_MB, Request, Requests, uses_device
 from iprox.study.load import load_study, merge, parse_study
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from typing import Any
 from iprox.cli.planning import lines as plan_lines
 from iprox.cli.planning import load_plan
 from iprox.cli.render import Facts, Page, Table, emit, human_bytes, human_flops, human_memory
-from iprox.errors import ModelError
+from iprox.errors import ConfigError, ModelError
 from iprox.numerics.ranks import Architecture, model_size
 from iprox.plan.estimate import Estimator, Need
 from iprox.plan.forecast import (
@@ -87,7 +87,8 @@ def forecast(question: Question, root: Path = Path()) -> Forecast:
         root: The folder that holds ``results``.
 
     Raises:
-        ConfigError: The study breaks the schema, or the size of its pool is not known.
+        ConfigError: The study breaks the schema, the size of its pool is not known, or a training
+            is spread over more GPUs than asked about.
         ModelError: The sizes of its target, or of another model it scores with, are not known.
     """
     plan = load_plan(question.configs, question.data_dir, weights=False)
@@ -105,11 +106,20 @@ def forecast(question: Question, root: Path = Path()) -> Forecast:
         rates = measured_rates(measured, assumed, f"measured: {of} ({len(measured)} artifacts)")
     sizes = {} if question.pool is None else {pool.id: question.pool}
     volumes = Volumes(history, sizes, question.tokens)
-    estimators = {target.id: Estimator(arch, volumes, on_gpu)}
+    spread = plan.study.config.train_gpus if on_gpu else 1
+    devices = (question.gpus or spread) if on_gpu else CPU_JOBS
+    if devices < spread:
+        raise ConfigError(
+            "a training is spread over more GPUs than there are",
+            where="train_gpus, --gpus",
+            value=f"{spread} of {devices}",
+            fix="ask about at least as many GPUs, or lower train_gpus",
+        )
+    estimators = {target.id: Estimator(arch, volumes, on_gpu, spread)}
     for other in (node for node in plan.nodes.values() if node.stage == "target"):
         if other.id not in estimators:
             sizes_of, _ = find_architecture(other, folder, root)
-            estimators[other.id] = Estimator(sizes_of, volumes, on_gpu)
+            estimators[other.id] = Estimator(sizes_of, volumes, on_gpu, spread)
 
     def need_of(node: Node) -> Need:
         return estimators[(target_of(node) or target).id].need(node)
@@ -121,9 +131,9 @@ def forecast(question: Question, root: Path = Path()) -> Forecast:
         arch_source,
         rates,
         volumes.sources,
-        lines(stages, need_of, rates),
+        lines(stages, need_of, rates, spread),
         check(measured, assumed),
-        (question.gpus or 1) if on_gpu else CPU_JOBS,
+        devices,
         on_gpu,
     )
 

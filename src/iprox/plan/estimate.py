@@ -677,6 +677,10 @@ class _Steps:
         return self._total // every + (self._total % every > 0)
 
 
+TRAININGS = {"warmup", "finetune"}
+"""Stages whose jobs may have several GPUs."""
+
+
 def needs_model(node: Node) -> bool:
     """Whether a stage passes texts through a model."""
     if node.stage == "direction":

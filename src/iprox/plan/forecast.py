@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from iprox.plan.estimate import Need, needs_model
+from iprox.plan.estimate import TRAININGS, Need, needs_model
 from iprox.plan.history import Made
 from iprox.plan.nodes import Node
 from iprox.plan.volumes import target_of
@@ -205,6 +205,7 @@ class Line:
         seconds: How long, on one device.
         finished: Whether it is there already.
         runs: Runs that need it.
+        gpus: Devices that each of its jobs takes at once.
     """
 
     node: Node
@@ -212,12 +213,14 @@ class Line:
     seconds: float
     finished: bool
     runs: tuple[str, ...]
+    gpus: int = 1
 
 
 def lines(
     nodes: Iterable[tuple[Node, bool, tuple[str, ...]]],
     need_of: Callable[[Node], Need],
     rates: Rates,
+    train_gpus: int = 1,
 ) -> list[Line]:
     """Every stage with its need and time.
 
@@ -225,11 +228,13 @@ def lines(
         nodes: Stages, whether each is finished, and the runs that need it.
         need_of: Works out needs.
         rates: Work out times.
+        train_gpus: GPUs that a training is spread over.
     """
     found = []
     for node, finished, runs in nodes:
         need = need_of(node)
-        found.append(Line(node, need, rates.seconds(node, need), finished, runs))
+        gpus = train_gpus if node.stage in TRAININGS else 1
+        found.append(Line(node, need, rates.seconds(node, need), finished, runs, gpus))
     return found
 
 
@@ -237,11 +242,12 @@ def makespan(found: Sequence[Line], devices: int, start_s: float = START_S) -> f
     """Seconds until the last stage is done, when ``devices`` stages with a model run at a time.
 
     A stage starts as soon as its parents are done and a device is free, the one with the longest
-    way to go first; stages without a model wait for no device. Shards run side by side.
+    way to go first; stages without a model wait for no device. Shards run side by side; a training
+    that is spread waits until all its devices are free.
 
     Args:
         found: Stages in any order; parents that are not among them are done.
-        devices: GPUs, or CPU jobs that do not slow each other.
+        devices: GPUs, or CPU jobs that do not slow each other; no stage takes more at once.
         start_s: Seconds each job takes before its work begins.
     """
     by_key = {(line.node.stage, line.node.id): line for line in found}
@@ -261,16 +267,17 @@ def makespan(found: Sequence[Line], devices: int, start_s: float = START_S) -> f
             continue
         ends = []
         for _ in range(line.node.shards):
-            place = free.index(min(free))
-            work = start_s + line.seconds / line.node.shards
-            free[place] = max(free[place], begins[key]) + work
-            ends.append(free[place])
+            places = sorted(range(devices), key=free.__getitem__)[: line.gpus]
+            begin = max(begins[key], free[places[-1]])
+            ends.append(begin + start_s + line.seconds / line.node.shards / line.gpus)
+            for place in places:
+                free[place] = ends[-1]
         done[key] = max(ends)
     return max(done.values(), default=0.0)
 
 
 def _wait(line: Line, free: Sequence[float]) -> float:
-    return min(free) if needs_model(line.node) else 0.0
+    return sorted(free)[line.gpus - 1] if needs_model(line.node) else 0.0
 
 
 def _tails(
@@ -287,7 +294,7 @@ def _tails(
 
     def tail(key: tuple[str, str]) -> float:
         if key not in tails:
-            own = start_s + by_key[key].seconds
+            own = start_s + by_key[key].seconds / by_key[key].gpus
             tails[key] = own + max(map(tail, children[key]), default=0.0)
         return tails[key]
 

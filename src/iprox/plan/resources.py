@@ -15,7 +15,15 @@ from pathlib import Path
 from iprox.errors import ConfigError, ModelError
 from iprox.numerics.ranks import Architecture
 from iprox.plan.encoders import sizes_of
-from iprox.plan.estimate import ENCODERS, LONGEST, PROCESS, Estimator, Need, needs_model
+from iprox.plan.estimate import (
+    ENCODERS,
+    LONGEST,
+    PROCESS,
+    TRAININGS,
+    Estimator,
+    Need,
+    needs_model,
+)
 from iprox.plan.forecast import Rates
 from iprox.plan.nodes import Node
 from iprox.plan.sizes import find_architecture
@@ -48,9 +56,6 @@ RATES = {
 }
 """By whether it is a GPU's: the speed that time limits rest on, far less than what is reached; of
 eigensolvers the second number."""
-
-TRAININGS = {"warmup", "finetune"}
-"""Stages whose jobs may have several GPUs."""
 
 SOLVERS = {"decomposition", "direction"}
 """Stages that pass no text through a model and yet compute on its device."""
