@@ -17,8 +17,8 @@ from iprox.models.flops import load_of, network_of
 from iprox.numerics import flops
 from iprox.numerics.sides import block_sides
 from iprox.progress import track
-from iprox.stages.fisher import find_sites, read_fisher, settings
-from iprox.stages.passes import Reader, free_bytes, layer_groups, open_reader
+from iprox.stages.fisher import read_fisher, settings
+from iprox.stages.passes import Reader, find_sites, free_bytes, layer_groups, open_reader
 from iprox.store.arrays import create_store, put
 from iprox.store.job import Job, Metrics
 from iprox.study.schema import CurvatureSection, InfluenceSection

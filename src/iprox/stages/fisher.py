@@ -6,11 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from iprox.data.chat import Encoded
-from iprox.engine.capture import input_sites
-from iprox.engine.loss import IGNORE, Batch
+from iprox.engine.loss import Batch
 from iprox.progress import Track
 from iprox.stages.passes import Reader, fingerprint
 from iprox.stages.texts import Texts, pool_texts, split_ids
@@ -56,13 +53,6 @@ def read_fisher(job: Job, reader: Reader) -> Fisher:
     chat = job.section(ChatSection, "chat")
     texts = pool_texts(job.parents["pool"], ids[start:stop], reader.tokenizer, chat, reader.labels)
     return Fisher(reader, texts, [e for e in texts.encoded if e.supervised])
-
-
-def find_sites(reader: Reader) -> dict[str, str]:
-    """Layer -> the first layer that reads its input, found by passing two tokens."""
-    ids = torch.zeros(1, 2, dtype=torch.long)
-    batch = Batch(ids, torch.full_like(ids, IGNORE), torch.tensor([2])).to(reader.device)
-    return input_sites(reader.model, reader.layers, batch)
 
 
 def settings(job: Job, reader: Reader, sites: dict[str, str]) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from torch import nn
 
 from iprox.data.batches import collate, token_batches
 from iprox.data.chat import Encoded, pad_id
+from iprox.engine.capture import input_sites
 from iprox.engine.compiled import compile_between_layers
-from iprox.engine.loss import Batch
+from iprox.engine.loss import IGNORE, Batch
 from iprox.engine.scoring import batch_tokens
 from iprox.models.classifier import class_ids
 from iprox.models.device import dtype_of, pick_device
@@ -107,6 +108,13 @@ def fingerprint(layers: Mapping[str, nn.Linear]) -> str:
         row = layer.weight[0].detach().double().cpu().numpy()
         digest.update(f"{name} {tuple(layer.weight.shape)}".encode() + row.tobytes())
     return digest.hexdigest()[:16]
+
+
+def find_sites(reader: Reader) -> dict[str, str]:
+    """Layer -> the first layer that reads its input, found by passing two tokens."""
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    batch = Batch(ids, torch.full_like(ids, IGNORE), torch.tensor([2])).to(reader.device)
+    return input_sites(reader.model, reader.layers, batch)
 
 
 def layer_groups(

@@ -12,13 +12,13 @@ import zarr
 from torch import Tensor, nn
 
 from iprox.data.chat import IGNORED, Encoded
-from iprox.engine.capture import backward_pass, input_sites
+from iprox.engine.capture import backward_pass
 from iprox.models.flops import load_of, network_of
 from iprox.numerics import flops
 from iprox.numerics.ranks import rank_for
 from iprox.numerics.sampling import blend, draw_blends, stratified_positions
 from iprox.progress import track
-from iprox.stages.passes import Reader, free_bytes, layer_groups, open_reader
+from iprox.stages.passes import Reader, find_sites, free_bytes, layer_groups, open_reader
 from iprox.stages.positions import Drawn
 from iprox.stages.queries import open_queries
 from iprox.stages.tangents import directions_of, record_tangents
@@ -56,7 +56,7 @@ def make(job: Job) -> Metrics:
     usable = texts.supervised_only()
     drawn = draw(usable.encoded, section, wanted)
     n_tokens = drawn.n_tokens
-    sites = _sites(reader, usable.encoded)
+    sites = find_sites(reader)
     asked = job.roles("query")
     shapes = {n: (layer.out_features, layer.in_features) for n, layer in reader.layers.items()}
     queries = open_queries(asked, shapes) if asked else None
@@ -226,12 +226,6 @@ def _texts(job: Job, section: ProbeSection, reader: Reader) -> Texts:
     ids = split_ids(job.parents["split"], "probe")
     texts = pool_texts(job.parents["pool"], ids, reader.tokenizer, job.section(ChatSection, "chat"))
     return texts.with_all_labels() if section.labels == "all" else texts
-
-
-def _sites(reader: Reader, encoded: list[Encoded]) -> dict[str, str]:
-    """Site of every layer, found by passing the shortest example through the model."""
-    _, batch = next(reader.batches([min(encoded, key=len)]))
-    return input_sites(reader.model, reader.layers, batch)
 
 
 def _row_bytes(
