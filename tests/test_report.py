@@ -596,6 +596,15 @@ def test_proxies_with_overlapping_intervals_are_not_put_in_order(tmp_path: Path)
     assert "Its interval overlaps that of iprox-0.5: no order among them is certain." in told
 
 
+def test_the_price_told_is_that_of_the_most_faithful_proxy(study: Study) -> None:
+    best, *others = tables._faithful(study)
+    speeds = {r.name: tables.speedup(study, r) for r in study.drawn_once if not r.is_target}
+    told = next(s for s in tables.findings(study) if s.startswith("Scoring 1,000"))
+    assert f" with {best} and " in told
+    assert f"{speeds[best]:.2f} times the speed" in told
+    assert any((speeds[name] or 0) > speeds[best] for name in others)  # it is not the fastest
+
+
 def test_summary_gives_numbers_and_where_the_rankings_are(job: Job, fixture: Fixture) -> None:
     text = (job.out / "summary.txt").read_text(encoding="utf-8")
     assert "Which 10 % of the 40 examples of toy-pool should smollm2-135m be fine-tuned on" in text

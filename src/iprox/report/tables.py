@@ -597,15 +597,10 @@ def findings(study: Study) -> list[str]:
 
 def _fidelity_finding(study: Study) -> str | None:
     """Which proxy orders the pool most like the target, and which cannot be told from it."""
-    measured = {
-        run.name: found
-        for run in study.drawn_once
-        if (found := fidelity_value(run, MEAN, "spearman")) and known(found["value"])
-    }
+    measured = _faithful(study)
     if not measured:
         return None
-    best = max(measured, key=lambda name: measured[name]["value"])
-    top = measured[best]
+    best, top = next(iter(measured.items()))
     rivals = [
         name
         for name, other in measured.items()
@@ -624,6 +619,16 @@ def _fidelity_finding(study: Study) -> str | None:
     if rivals:
         text += f" Its interval overlaps that of {listed(rivals)}: no order among them is certain."
     return text
+
+
+def _faithful(study: Study) -> dict[str, Any]:
+    """Agreement of runs with the target, the one that agrees most first."""
+    measured = {
+        run.name: found
+        for run in study.drawn_once
+        if (found := fidelity_value(run, MEAN, "spearman")) and known(found["value"])
+    }
+    return dict(sorted(measured.items(), key=lambda item: -item[1]["value"]))
 
 
 def _length_finding(study: Study) -> str | None:
@@ -645,20 +650,22 @@ def _length_finding(study: Study) -> str | None:
 
 
 def _cost_finding(study: Study) -> str | None:
-    """How much faster than the target the fastest proxy scores, and what making it cost."""
+    """How much faster than the target a proxy scores, and what making it cost.
+
+    The proxy is the one that ranks most like the target; where that was not measured, the fastest.
+    """
     timed = {r.name: s for r in study.drawn_once if not r.is_target and (s := speedup(study, r))}
     if not timed or study.target_run is None:
         return None
-    fastest = next(
-        run for run in study.runs if run.name == max(timed, key=lambda name: timed[name])
-    )
-    own, whole = seconds_per_1000(study, fastest), seconds_per_1000(study, study.target_run)
-    times = timed[fastest.name]
+    fastest = max(timed, key=lambda name: timed[name])
+    name = next((name for name in _faithful(study) if name in timed), fastest)
+    run = next(run for run in study.runs if run.name == name)
+    own, whole = seconds_per_1000(study, run), seconds_per_1000(study, study.target_run)
     text = (
-        f"Scoring 1,000 examples takes {duration(own)} with {fastest.name} and {duration(whole)} "
-        f"with the target, {times:.2f} times the speed"
+        f"Scoring 1,000 examples takes {duration(own)} with {name} and {duration(whole)} "
+        f"with the target, {timed[name]:.2f} times the speed"
     )
-    making = making_seconds(fastest)
+    making = making_seconds(run)
     return f"{text}; making the proxy took {duration(making)} once." if making else f"{text}."
 
 
