@@ -208,7 +208,7 @@ def memory(setting: Setting, model: str, n_queries: int, how: str) -> list[Row]:
 
     def prepare(problem: Problem, scratch: Path) -> Scoring:
         # a layer at a time, as the stage reads them from its store
-        stored = replace(problem, gradients=Drawn(problem.layers, n_queries))
+        stored = replace(problem, gradients=RandomGradients(problem.layers, n_queries))
         return ours.prepare(stored, rank, dtype)
 
     case = {"float32": "ours", "cut": CUT}.get(how, f"ours, queries in {how}")
@@ -370,12 +370,12 @@ def _truth(
 def _unposed(model: Any, pool: Sequence[Encoded], n_queries: int) -> Problem:
     """A problem with random query gradients: what they are does not change the cost."""
     layers = scored_linears(model, LayersSection())
-    gradients = dict(Drawn(layers, n_queries))
+    gradients = dict(RandomGradients(layers, n_queries))
     longest_first = sorted(pool, key=len, reverse=True)
     return Problem(model, layers, longest_first, longest_first[:n_queries], gradients, pad_id=0)
 
 
-class Drawn(Mapping[str, Tensor]):
+class RandomGradients(Mapping[str, Tensor]):
     """Random query gradients (queries, out, in), each layer's made when it is asked for."""
 
     def __init__(self, layers: Mapping[str, nn.Linear], n_queries: int) -> None:
