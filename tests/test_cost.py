@@ -36,7 +36,10 @@ STUDY: dict[str, Any] = {
     "chat": {"max_length": 64},
     "align": {"epochs": 1, "batch": 4, "hvp": "central_diff"},
     "split": {"warmup": 0.1, "probe": 20, "align": 20, "fidelity": 100},
-    "runs": {"full": {"proxy": {"kind": "target"}}, "iprox": {"proxy": {"sparsity": 0.5}}},
+    "runs": {
+        "full": {"proxy": {"kind": "target"}},
+        "iprox": {"proxy": {"sparsity": 0.5, "passes": "both"}},
+    },
     "select": {"fraction": 0.25},
     "shards": 4,
 }
@@ -84,7 +87,7 @@ def test_sizes_the_planner_repeats_are_those_of_the_stages() -> None:
 
 
 def test_a_probe_along_queries_costs_three_forward_passes_for_each() -> None:
-    plain = {"proxy": {"passes": "backward"}}
+    plain = {"proxy": {"passes": "backward", "whiten": "both"}}
     along = {"proxy": {"passes": "backward", "whiten": "queries"}}
     needs = []
     for run in (plain, along):
@@ -172,7 +175,7 @@ def test_a_query_stores_a_gradient_per_group_and_linear() -> None:
 
 
 def test_a_search_scores_the_slice_with_up_to_four_proxies() -> None:
-    runs = {"auto": {"proxy": {"sparsity": "auto"}, "until": "fidelity"}}
+    runs = {"auto": {"proxy": {"sparsity": "auto", "passes": "both"}, "until": "fidelity"}}
     plan = planned(runs=runs)
     estimator = Estimator(ARCH, volumes())
     search, factors = node(plan, "sparsity"), node(plan, "factors")
@@ -187,8 +190,22 @@ def test_a_search_scores_the_slice_with_up_to_four_proxies() -> None:
     each = estimator.need(thin).flops + estimator.need(scored).flops
     assert estimator.need(search).flops == pytest.approx(4 * each)
     # what is not known yet is counted as half
-    fixed = node(planned(runs={"iprox": {"proxy": {"sparsity": 0.5}}}), "factors")
+    fixed = node(planned(runs={"iprox": {"proxy": {"sparsity": 0.5, "passes": "both"}}}), "factors")
     assert estimator.need(factors) == estimator.need(fixed)
+
+
+def test_a_search_in_the_backward_pass_asks_the_target_once() -> None:
+    plan = planned(runs={"auto": {"proxy": {"sparsity": "auto"}, "until": "fidelity"}})
+    estimator = Estimator(ARCH, volumes())
+    asked = node(plan, "query")
+    scored = next(
+        n
+        for n in plan.nodes.values()
+        if n.stage == "features" and n.parents["model"].stage == "proxy"
+    )
+    need, each = estimator.need(node(plan, "sparsity")), estimator.need(scored)
+    assert need.flops == pytest.approx(4 * each.flops + estimator.need(asked).flops)
+    assert need.tokens == 4 * each.tokens + estimator.need(asked).tokens
 
 
 def test_curvature_by_hand() -> None:
@@ -232,7 +249,7 @@ def test_needs_grow_with_the_pool_where_they_must() -> None:
 
 def test_only_chosen_layers_are_scored_and_replaced() -> None:
     layers = {"include": ["mlp.*"], "exclude": ["*down_proj"]}
-    plan = planned(proxy={"layers": layers})
+    plan = planned(proxy={"layers": layers, "passes": "both"})
     estimator = Estimator(ARCH, volumes())
     query = next(n for n in plan.nodes.values() if n.stage == "query" and "target" in n.id)
     assert estimator.need(query).disk == 4 * 2 * 128

@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 import torch
 from artifacts import job, random_examples, write_pool
-from oracles import exact_model, inner, one_of, random_batch, weight_gradients
+from oracles import exact_model, in_float64, inner, one_of, random_batch, weight_gradients
 from scipy import stats
 from torch import Tensor
 
 from iprox.engine.attribution import Attribution, Examples
+from iprox.engine.loss import hidden_states
 from iprox.errors import ConfigError, DataError, NumericsError
 from iprox.models.layers import scored_linears
 from iprox.models.small import small_model, small_tokenizer
@@ -30,7 +31,7 @@ from iprox.plan.plan import plan_study
 from iprox.stages import faithfulness, retrain, small
 from iprox.store.tables import read_arrow, read_table
 from iprox.study.load import load_study
-from iprox.study.schema import LayersSection
+from iprox.study.schema import FaithfulnessSection, LayersSection
 
 ROOT = Path(__file__).parents[1]
 
@@ -246,7 +247,8 @@ def runs() -> dict[str, dict[str, Any]]:
         "random": one(scorer={"kind": "random"}),
         "tracin": one(),
         "ekfac": one(influence={"estimator": "ekfac", "score": "dot"}),
-        "ipsvd": one(proxy={"kind": "ipsvd", "rank_multiple": 1}),
+        "ipsvd": one(proxy={"kind": "ipsvd", "rank_multiple": 1, "passes": "both"}),
+        "made": one(proxy={"kind": "ipsvd", "rank_multiple": 1, "whiten": "queries"}),
         "back": one(proxy={"kind": "svd", "rank_multiple": 1, "passes": "backward"}),
     }
 
@@ -339,23 +341,74 @@ def test_the_table_has_every_run_and_what_proxies_keep(
         counts = faithfulness.make(
             job("faithfulness", out, made, faithfulness=SECTION, runs=runs())
         )
-        assert counts == {"runs": 5, "seeds": 1, "models": 6}
+        assert counts == {"runs": 6, "seeds": 1, "models": 6}
     table = read_table(outs[0] / "faithfulness.parquet").set_index("run")
     assert list(table.index) == list(runs())
     assert table["lds"].between(-1, 1).all()
     assert (table["low"] <= table["high"]).all()
     assert table["kept"].notna().to_dict() == dict.fromkeys(runs(), False) | {
         "ipsvd": True,
+        "made": True,
         "back": True,
     }
-    shares = table.loc[["ipsvd", "back"]]
+    shares = table.loc[["ipsvd", "made", "back"]]
     np.testing.assert_allclose(shares["kept"], shares["lds"] / table.loc["tracin", "lds"])
-    assert list(table["model"]) == ["none", "target", "target", "IPSVD 0.5", "SVD 0.5, backward"]
+    assert list(table["model"]) == [
+        "none",
+        "target",
+        "target",
+        "IPSVD 0.5",
+        "IPSVD 0.5, backward",
+        "SVD 0.5, backward",
+    ]
     seeds = read_table(outs[0] / "seeds.parquet").set_index("run")
     np.testing.assert_allclose(seeds["lds"], table["lds"])
     assert "kept" in (outs[0] / "summary.txt").read_text()
     for path in outs[0].iterdir():
         assert (outs[1] / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_proxy_made_for_queries_is_weighted_by_inputs_that_move_along_them(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    asked = job("faithfulness", tmp_path / "out", made, faithfulness=SECTION, runs=runs())
+    scorings = faithfulness.Scorings(asked, FaithfulnessSection(**SECTION), seed=0)
+    scorings.model = in_float64(scorings.model.double())
+    method = faithfulness.method_of("made", runs()["made"] | {"influence": {"estimator": "kfac"}})
+    layers = scored_linears(scorings.model, method.proxy.layers)
+    rows = faithfulness.Rows(layers)
+    scorings._move_inputs(rows, method)
+    at_target = scorings._attribution(method.at_target)
+    directions = at_target.directions("kfac", method.damping)
+    norms = sum(g.square().sum((1, 2)) for g in directions.values()).sqrt()
+    last = list(layers)[-1]
+
+    def inputs() -> Tensor:
+        """Inputs of the last layer at all tokens."""
+        seen: list[Tensor] = []
+        keep = layers[last].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        with torch.no_grad():
+            for batch in scorings.train.batches:
+                hidden_states(scorings.model, batch)
+        keep.remove()
+        lengths = torch.cat([b.lengths for b in scorings.train.batches]).tolist()
+        examples = [example for x in seen for example in x]
+        return torch.cat([x[:n] for x, n in zip(examples, lengths, strict=True)])
+
+    moved = []
+    for column in range(len(norms)):  # central differences of the weights along each query
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for name, layer in layers.items():
+                    layer.weight += sign * 1e-4 * directions[name][column] / norms[column]
+            ends.append(inputs())
+            with torch.no_grad():
+                for name, layer in layers.items():
+                    layer.weight -= sign * 1e-4 * directions[name][column] / norms[column]
+        moved.append((ends[0] - ends[1]) / 2e-4)
+    found = torch.cat(rows._inputs[last])
+    torch.testing.assert_close(found, torch.cat(moved), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(

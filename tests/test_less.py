@@ -204,7 +204,10 @@ def test_directions_are_taken_at_every_checkpoint(passes: str | None) -> None:
     [
         ({"features": {"kind": "logra"}}, "coordinate by coordinate"),
         ({"features": {"kind": "exact"}}, "coordinate by coordinate"),
-        ({"proxy": {"kind": "ipsvd"}}, "weights that were warmed up"),
+        (
+            {"proxy": {"kind": "ipsvd", "passes": "both"}},
+            "weights that were warmed up",
+        ),
         ({"proxy": {"kind": "layers"}}, "weights that were warmed up"),
         ({"warmup": {"epochs": 0}}, "weights that were warmed up"),
     ],

@@ -18,6 +18,7 @@ BASE: dict[str, Any] = {
     "study": "s",
     "pool": {"path": "pool.jsonl", "limit": 100},
     "tasks": ["mmlu", "bbh"],
+    "proxy": {"passes": "both"},
     "runs": {"a": {}},
 }
 STAGES = (
@@ -90,7 +91,7 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "curvature.damping, which tracin does not use": ({"curvature": {"damping": 1.0}}, []),
     "influence.val_agg": ({"influence": {"val_agg": "mean_unit"}}, AFTER_PROXY),
     "proxy.passes": (  # factors are the same, and query gradients are the target's
-        {"proxy": {"passes": "backward"}},
+        {"proxy": {"passes": "backward", "whiten": "both"}},
         ["proxy", "features", "ranking", "fidelity", *AFTER_RANKING],
     ),
     "influence.query_rank": (
@@ -302,7 +303,7 @@ def test_fidelity_knows_what_a_proxy_was_made_from() -> None:
     p = plan(
         runs={
             "both": {},
-            "back": {"proxy": {"passes": "backward"}},
+            "back": {"proxy": {"passes": "backward"}, "align": {"epochs": 3.0}},
             "svd": {"proxy": {"kind": "svd"}, "align": {"epochs": 0.0}},
             "cut": {"proxy": {"kind": "layers", "sparsity": 0.5}},
         }
@@ -336,6 +337,51 @@ def test_errors_of_scores_are_weighted_by_what_the_pool_is_scored_against() -> N
     assert asked.items() <= nodes["probe"].parents.items()
     assert p.runs["smaller"].nodes["decomposition"] is nodes["decomposition"]
     assert not any(r.startswith("query/") for r in p.runs["both"].nodes["probe"].parents)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"proxy": {"sparsity": 0.3}}, ["factors", "proxy", *AFTER_QUERY]),
+        ({"proxy": {"whiten": "queries"}}, []),
+        (
+            {"proxy": {"whiten": "both"}},
+            ["probe", "decomposition", "factors", "proxy", *AFTER_QUERY],
+        ),
+        ({"align": {"lr": 1e-4, "epochs": 9.0}}, []),  # nothing is trained
+        ({"split": {"align": 7}}, []),
+        ({"influence": {"query_rank": 8}}, ["features", "ranking", "fidelity", *AFTER_RANKING]),
+        (
+            {"influence": {"val_agg": "mean_unit"}},
+            ["probe", "decomposition", "factors", "proxy", *AFTER_PROXY],
+        ),
+    ],
+)
+def test_a_changed_key_reruns_what_depends_on_it_of_the_default_proxy(
+    change: dict[str, Any], expected: list[str]
+) -> None:
+    base = {"proxy": {"passes": "backward"}}
+    new = stages(plan(**merge(base, change))) - stages(plan(**base))
+    assert [s for s in STAGES if any(stage == s for stage, _ in new)] == expected
+
+
+def test_the_default_proxy_is_made_for_the_tasks_unless_the_pool_is_sketched() -> None:
+    body = BASE | {"proxy": {}}
+    run = {
+        "exact": {},
+        "both": {"proxy": {"passes": "both"}},
+        "logra": {"features": {"kind": "logra"}},
+    }
+    run |= {"paper": {"preset": "paper"}, "reference": {"preset": "reference"}}
+    study = parse_study(body | {"runs": run})
+    chosen = {r.name: (r.config.proxy.passes, r.config.proxy.whiten) for r in study.runs}
+    assert chosen == {
+        "exact": ("backward", "queries"),
+        "both": ("both", "both"),
+        "logra": ("backward", "both"),
+        "paper": ("both", "both"),
+        "reference": ("both", "both"),
+    }
 
 
 def test_factors_in_both_passes_cannot_be_weighted_by_queries() -> None:

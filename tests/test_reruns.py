@@ -36,6 +36,7 @@ BASE: dict[str, Any] = {
 }
 CONTEXTS: dict[str, dict[str, Any]] = {
     "ipsvd": {},
+    "aligned": {"proxy": {"passes": "both"}},
     "auto": {"proxy": {"sparsity": "auto", "max_cost": 0.9}},
     "blocks": {"proxy": {"kind": "layers"}},
     "other model": {"proxy": {"kind": "model", "model": "small"}},

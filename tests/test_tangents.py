@@ -21,7 +21,7 @@ from iprox.models.layers import scored_linears
 from iprox.models.load import as_proxy
 from iprox.stages import probe, query
 from iprox.stages.queries import open_queries
-from iprox.stages.tangents import MAX_DIRECTIONS, directions_of
+from iprox.stages.tangents import MAX_DIRECTIONS, mixtures
 from iprox.stages.texts import pool_texts
 from iprox.store.arrays import open_store
 from iprox.study.schema import ChatSection, LayersSection
@@ -169,16 +169,13 @@ def test_a_probe_with_queries_records_how_inputs_move_along_each(probed: Any) ->
 
 
 def test_of_many_queries_a_few_mixtures_move_the_weights() -> None:
-    class Many:
-        columns = [f"task/{i}" for i in range(9)]
-        norms = np.arange(1.0, 10.0)
-
-    drawn = np.concatenate([directions_of(Many(), seed) for seed in range(500)])
-    assert directions_of(Many(), 0).shape == (MAX_DIRECTIONS, 9)
-    second = (drawn * Many.norms).T @ (drawn * Many.norms) / len(drawn)
+    norms = np.arange(1.0, 10.0)
+    drawn = np.concatenate([mixtures(norms, seed) for seed in range(500)])
+    assert mixtures(norms, 0).shape == (MAX_DIRECTIONS, 9)
+    second = (drawn * norms).T @ (drawn * norms) / len(drawn)
     np.testing.assert_allclose(second, np.eye(9), atol=0.1)
 
 
 def test_of_few_queries_each_is_a_direction_of_norm_one(probed: Any) -> None:
     queries = probed[2]
-    np.testing.assert_allclose(directions_of(queries, 0) @ queries.norms, [1, 1])
+    np.testing.assert_allclose(mixtures(queries.norms, 0) @ queries.norms, [1, 1])

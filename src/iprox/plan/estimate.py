@@ -577,16 +577,19 @@ class Estimator:
         groups = sum(self.volumes.groups(query) for query in _queries_of(target))
         unit = node.params["influence"]["val_agg"] == "mean_unit"
         rank = node.params["influence"]["query_rank"]
-        each = flops.features(net, _load(texts), groups, query_rank=rank)
-        each += sum(flops.query(net, _load(of_task), unit) for of_task in queries)
+        # a proxy of the backward pass alone is asked what the target is, once for all
+        asked_of = self.network(target.parents["model"], layers) if backward_only else net
+        asked = 1 if backward_only else SEARCHED
+        work = SEARCHED * flops.features(net, _load(texts), groups, query_rank=rank)
+        work += asked * sum(flops.query(asked_of, _load(of_task), unit) for of_task in queries)
         element = BYTES[node.params["compute"]["dtype"]]
-        tokens = texts.n * texts.tokens + sum(q.n * q.tokens for q in queries)
+        tokens = SEARCHED * texts.n * texts.tokens + asked * sum(q.n * q.tokens for q in queries)
         return Need(
-            flops=SEARCHED * each,
+            flops=work,
             memory=self._pass_memory(net, texts, element)
             + element * self.parameters
             + 4 * (groups + 1) * net.scored_weights,
-            tokens=SEARCHED * tokens,
+            tokens=tokens,
         )
 
     def _layer_dots(self, node: Node, products: float) -> float:

@@ -70,7 +70,6 @@ def check_judged(study: Plan) -> None:
             found = "auto" if proxy.sparsity == "auto" else "a number"
             asked["proxy.sparsity"] = (found, ("a number",))
             asked["proxy.rank_allocation"] = (proxy.rank_allocation, ("uniform",))
-            asked["proxy.whiten"] = (proxy.whiten, ("both", "inputs"))
         for key, (value, allowed) in asked.items():
             if value not in allowed:
                 raise ConfigError(

@@ -240,7 +240,7 @@ class RunPlanner:
                     where=f"runs.{self.run.name}: proxy.whiten, proxy.passes",
                     value=f"queries with {proxy.passes}",
                     allowed="queries with backward; both or inputs with either",
-                    fix="set proxy.passes: backward, or leave proxy.whiten at both",
+                    fix="set proxy.passes: backward, or leave out proxy.whiten",
                 )
             parents |= self.queries(warmup)
             label = f"{label}-queries"

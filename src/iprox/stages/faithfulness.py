@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from iprox.engine.attribution import Attribution
 from iprox.engine.curvature import visit_examples
+from iprox.engine.loss import Batch
+from iprox.engine.tangents import input_tangents
 from iprox.models.layers import block_linears, scored_linears
 from iprox.models.load import as_proxy
 from iprox.numerics.correlation import interval
@@ -31,6 +34,7 @@ from iprox.report.charts import CHANCE, INK, SERIES, Chart, drawing
 from iprox.report.formats import interval as interval_text
 from iprox.report.formats import number, text_table, write_everywhere
 from iprox.stages.small import in_batches, read_role, read_small
+from iprox.stages.tangents import mixtures
 from iprox.store.job import Job, Metrics
 from iprox.store.tables import read_arrow, write_table
 from iprox.study.schema import (
@@ -60,6 +64,16 @@ class Method:
     def is_proxy(self) -> bool:
         """Whether something stands in for the target."""
         return self.scorer.kind == "gradient" and self.proxy.is_factorised
+
+    @property
+    def is_made_for_queries(self) -> bool:
+        """Whether the proxy's factors depend on what is scored against."""
+        return self.proxy.kind == "ipsvd" and self.proxy.whiten == "queries"
+
+    @property
+    def damping(self) -> Damping:
+        """Of the curvature's inverse."""
+        return Damping(self.curvature.damping, self.curvature.damping_mode)
 
     @property
     def at_target(self) -> Method:
@@ -172,8 +186,8 @@ class Scorings:
             drawn = random_scores(self.ids, method.scorer.seed)
             return np.repeat(drawn[:, None], len(self.queries), axis=1)
         attribution = self._attribution(method)
-        damping = Damping(method.curvature.damping, method.curvature.damping_mode)
-        found = attribution.influences(attribution.directions(method.influence.estimator, damping))
+        directions = attribution.directions(method.influence.estimator, method.damping)
+        found = attribution.influences(directions)
         chosen = found.cosines if method.influence.score == "cosine" else found.dots
         return chosen.cpu().numpy()
 
@@ -181,22 +195,26 @@ class Scorings:
         """Model and passes of a method, kept for those that differ in estimator alone."""
         influence, curvature = method.influence, method.curvature
         settings = (influence.loss_reduction, curvature.labels, curvature.seed)
-        key = f"{method.proxy.model_dump_json()} {settings}"
+        made_for = influence.estimator if method.is_made_for_queries else None
+        key = f"{method.proxy.model_dump_json()} {settings} {made_for}"
         if key not in self._attributions:
-            model = self._scoring_model(method.proxy, influence.loss_reduction)
+            model = self._scoring_model(method)
             layers = scored_linears(model, method.proxy.layers)
             self._attributions[key] = Attribution(
                 model, layers, self.train, self.queries, *settings
             )
         return self._attributions[key]
 
-    def _scoring_model(self, proxy: ProxySection, reduction: str) -> Any:
+    def _scoring_model(self, method: Method) -> Any:
+        proxy = method.proxy
         if not proxy.is_factorised:
             return self.model
         layers = block_linears(self.model, proxy.layers)
         rows = Rows(layers)
         pairs = zip(self.train.batches, self.train.ids, strict=True)
-        visit_examples(self.model, layers, pairs, rows, reduction)
+        visit_examples(self.model, layers, pairs, rows, method.influence.loss_reduction)
+        if method.is_made_for_queries:
+            self._move_inputs(rows, method)
         factors = {}
         for name, layer in layers.items():
             rank = rank_for(
@@ -212,21 +230,48 @@ class Scorings:
                 factors[name] = (cut.left.float(), cut.right.float())
         return as_proxy(self.model, factors, passes=proxy.passes).requires_grad_(False)
 
+    def _move_inputs(self, rows: Rows, method: Method) -> None:
+        """Put in the inputs' place how far they move along what the method scores against."""
+        attribution = self._attribution(method.at_target)
+        gradients = attribution.directions(method.influence.estimator, method.damping)
+        squares = torch.stack([g.double().square().sum((1, 2)) for g in gradients.values()])
+        norms = squares.sum(0).sqrt().cpu().numpy()
+        rows.forget_inputs()
+        for mix in torch.from_numpy(mixtures(norms, seed=0)):
+            moves = {
+                name: torch.einsum("q,qoi->oi", mix.to(g.device), g.double()).to(self.model.dtype)
+                for name, g in gradients.items()
+            }
+            for batch in self.train.batches:
+                visit = partial(rows.add_moved, batch)
+                input_tangents(self.model, attribution.layers, moves, batch, visit)
+
 
 class Rows:
     """A visitor that keeps the inputs and output gradients of every token."""
 
     def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
-        self._parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+        self._inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+        self._grads: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def __call__(self, name: str, x: Tensor, d: Tensor, rows: list[int]) -> None:
         """Keep a batch's rows of one layer."""
-        self._parts[name].append((x, d))
+        self._inputs[name].append(x)
+        self._grads[name].append(d)
+
+    def forget_inputs(self) -> None:
+        """Drop the inputs of all layers; others take their place."""
+        self._inputs = {name: [] for name in self._inputs}
+
+    def add_moved(self, batch: Batch, name: str, moved: Tensor) -> None:
+        """Keep a batch's moving inputs (examples, tokens, in) of one layer, without padding."""
+        if name in self._inputs:
+            parts = zip(moved, batch.lengths.tolist(), strict=True)
+            self._inputs[name] += [part[:length] for part, length in parts]
 
     def of(self, name: str) -> tuple[Tensor, Tensor]:
-        """Inputs (tokens, in) and output gradients (tokens, out) of a layer."""
-        xs, ds = zip(*self._parts[name], strict=True)
-        return torch.cat(xs), torch.cat(ds)
+        """Inputs (rows, in) and output gradients (tokens, out) of a layer."""
+        return torch.cat(self._inputs[name]), torch.cat(self._grads[name])
 
 
 def directions_of(layer: nn.Linear, x: Tensor, d: Tensor, proxy: ProxySection) -> Directions:

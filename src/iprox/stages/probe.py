@@ -21,7 +21,7 @@ from iprox.progress import track
 from iprox.stages.passes import Reader, find_sites, free_bytes, layer_groups, open_reader
 from iprox.stages.positions import Drawn
 from iprox.stages.queries import open_queries
-from iprox.stages.tangents import directions_of, record_tangents
+from iprox.stages.tangents import mixtures, record_tangents
 from iprox.stages.texts import Texts, pool_texts, split_ids
 from iprox.store.arrays import create_store, put
 from iprox.store.job import Job, Metrics
@@ -60,7 +60,7 @@ def make(job: Job) -> Metrics:
     asked = job.roles("query")
     shapes = {n: (layer.out_features, layer.in_features) for n, layer in reader.layers.items()}
     queries = open_queries(asked, shapes) if asked else None
-    coefficients = directions_of(queries, section.seed) if queries else np.ones((0, 0))
+    coefficients = mixtures(queries.norms, section.seed) if queries else np.ones((0, 0))
     counts = {
         "directions": len(coefficients),
         "tokens": n_tokens,

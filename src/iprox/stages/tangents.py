@@ -18,18 +18,22 @@ MAX_DIRECTIONS = 4
 """Most directions that inputs are moved along; each is a pass over the probe examples."""
 
 
-def directions_of(queries: Queries, seed: int) -> np.ndarray:
+def mixtures(norms: np.ndarray, seed: int) -> np.ndarray:
     """Coefficients (directions, columns) of the query gradients in each direction.
 
     Columns count alike, whatever their norms. Of a few, each is a direction. Of many, directions
     are sums with random signs: the second moments of what they move are, in expectation, those of
     all columns together, because products of different columns cancel.
+
+    Args:
+        norms: Norm of every column (columns,).
+        seed: Of the signs.
     """
-    n = len(queries.columns)
+    n = len(norms)
     if n <= MAX_DIRECTIONS:
-        return np.diag(1 / queries.norms)
+        return np.diag(1 / norms)
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], (MAX_DIRECTIONS, n))
-    return signs / queries.norms
+    return signs / norms
 
 
 def record_tangents(
@@ -47,7 +51,7 @@ def record_tangents(
         sites: Layers whose inputs are recorded.
         drawn: The probe examples and their positions.
         queries: The query gradients.
-        coefficients: Of :func:`directions_of`.
+        coefficients: Of :func:`mixtures`.
         progress: Counts examples.
 
     Returns:

@@ -1,7 +1,7 @@
 """From a study file to a validated study and its runs.
 
 Values come, later ones winning, from: the schema's defaults, the study's preset, the study
-file, the run's preset, the run's own keys.
+file, the run's preset (which takes the place of the study's), the run's own keys.
 """
 
 from __future__ import annotations
@@ -111,11 +111,11 @@ def parse_study(raw: Mapping[str, Any], files: Iterable[Path] = ()) -> Study:
     runs_raw = body.get("runs")
     body["tasks"] = _tasks(body.get("tasks"), files)
     config = _validate(StudyConfig, merge(preset, body), (), files)
-    own = {k: v for k, v in merge(preset, body).items() if k in RUN_KEYS}
+    own = {k: v for k, v in body.items() if k in RUN_KEYS}
     runs = [
         run
         for name, overrides in (runs_raw or {}).items()
-        for run in _expand_run(name, overrides, own, files)
+        for run in _expand_run(name, overrides, own, preset, files)
     ]
     names = [run.name for run in runs]
     twice = sorted({n for n in names if names.count(n) > 1})
@@ -284,14 +284,30 @@ def _tasks(raw: Any, files: tuple[Path, ...]) -> Any:
 
 
 def _expand_run(
-    name: Any, overrides: Mapping[str, Any], own: Mapping[str, Any], files: tuple[Path, ...]
+    name: Any,
+    overrides: Mapping[str, Any],
+    own: Mapping[str, Any],
+    preset: Mapping[str, Any],
+    files: tuple[Path, ...],
 ) -> Iterator[Run]:
-    """The runs of one entry: one per combination of its grid values, one per random draw."""
+    """The runs of one entry: one per combination of its grid values, one per random draw.
+
+    Args:
+        name: The entry's.
+        overrides: What it sets. A preset of its own takes the place of the study's, and wins over
+            what the study file says.
+        own: What the study file says of all runs.
+        preset: Of the study.
+        files: Named in errors.
+    """
     preset_name = overrides.get("preset")
-    preset = {} if preset_name is None else _preset(preset_name, f"runs.{name}.preset", files)
+    if preset_name is None:
+        base = merge(preset, own)
+    else:
+        base = merge(own, _preset(preset_name, f"runs.{name}.preset", files))
     for values, point in _grid(overrides):
-        settings = merge(merge(own, preset), point)
-        config = _validate(RunConfig, settings, ("runs", name), files, under=overrides)
+        settings = merge(base, point)
+        config = _validate(RunConfig, settings, ("runs", name), files, under=overrides).settled()
         full_name = "-".join([str(name), *(_readable(v) for v in values)])
         changed = flatten(point)
         draws = config.scorer.draws if config.scorer.kind == "random" else 1

@@ -14,6 +14,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "probe": {"tokens": "rank"},
         "proxy": {
+            "passes": "both",
+            "whiten": "both",
             "mode": "paper",
             "damping_mode": "absolute",
             "damping": 1e-3,
@@ -34,6 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reference": {
         "probe": {"tokens": 1024, "labels": "all"},
         "proxy": {
+            "passes": "both",
+            "whiten": "both",
             "mode": "paper",
             "damping_mode": "absolute",
             "damping": 1e-3,

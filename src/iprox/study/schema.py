@@ -316,12 +316,12 @@ class ProxySection(Section):
         description="Share of each replaced layer's parameters removed (kind layers: of blocks); "
         "auto: of 0.1, 0.2, ... 0.9 the highest at which fidelity.floor is met, before alignment.",
     )
-    passes: Literal["both", "backward"] = Field(
-        "both",
-        description="kinds ipsvd and svd: factors stand in for the weights in both passes, or in "
-        "the backward pass alone: the forward pass, the query gradients and the layers scored are "
-        "then the target's own, which costs more, keeps far more of its influence, and needs no "
-        "alignment (align is not used).",
+    passes: Literal["backward", "both"] = Field(
+        "backward",
+        description="kinds ipsvd and svd: factors stand in for the weights in the backward pass "
+        "alone, so that the forward pass, the query gradients and the layers scored are the "
+        "target's own, and there is nothing to align (align is not used); or in both passes, "
+        "which costs less and keeps far less of the target's influence.",
     )
     max_cost: float | None = Field(
         None,
@@ -337,8 +337,8 @@ class ProxySection(Section):
         "uniform",
         description="The same sparsity in every layer, or its budget of parameters spent where it "
         "removes most of the weighted error; layers then differ in rank, and some stay dense. "
-        "Made for kind ipsvd with whiten both or queries, where errors are changes of the loss or "
-        "of scores.",
+        "Made for kind ipsvd with whiten queries or both, where errors are changes of scores or "
+        "of the loss.",
     )
     rank_rounding: Literal["ceil", "round_ceil"] = Field(
         "ceil", description="round_ceil rounds to an integer first, as the reference code does."
@@ -359,11 +359,13 @@ class ProxySection(Section):
     gauge: Literal["balanced", "paper"] = Field(
         "balanced", description="How the two factors share the scale of their product."
     )
-    whiten: Literal["both", "inputs", "queries"] = Field(
-        "both",
-        description="Weight errors by inputs and output gradients; by inputs alone, as compression "
-        "by activations (SVD-LLM) does; or by output gradients and by how far inputs move along "
-        "the tasks' query gradients, which makes them errors of scores (passes: backward).",
+    whiten: Literal["auto", "queries", "both", "inputs"] = Field(
+        "auto",
+        description="kind ipsvd: weight errors by output gradients and by how far inputs move "
+        "along the tasks' query gradients, which makes them errors of scores (queries; needs "
+        "passes: backward); by output gradients and inputs (both); or by inputs alone, as "
+        "compression by activations does. auto: queries for exact features of the backward pass; "
+        "else both, so that a sketched pool serves later tasks.",
     )
     objective: Literal["tracin", "influence"] = Field(
         "tracin", description="Weight errors by second moments, or by their inverses (appendix E)."
@@ -972,6 +974,14 @@ class RunConfig(Section):
     select: SelectSection = SelectSection()
     finetune: FinetuneSection = FinetuneSection()
     evaluate: EvaluateSection = EvaluateSection()
+
+    def settled(self) -> RunConfig:
+        """The same with ``proxy.whiten`` chosen, which depends on other sections."""
+        if self.proxy.whiten != "auto":
+            return self
+        for_queries = self.proxy.passes == "backward" and self.features.kind == "exact"
+        chosen = {"whiten": "queries" if for_queries else "both"}
+        return self.model_copy(update={"proxy": self.proxy.model_copy(update=chosen)})
 
 
 class StudyConfig(RunConfig):
