@@ -221,7 +221,7 @@ class SplitSection(Section):
     """Which pool examples each stage sees. Integers count examples, floats are shares."""
 
     warmup: Size = Field(0.05, description="Examples the warm-up trains on.")
-    probe: Size = Field(64, description="Examples whose tokens probe the layers.")
+    probe: Size = Field(128, description="Examples whose tokens probe the layers.")
     align: Size = Field(128, description="Examples of the alignment, disjoint from the probe's.")
     fidelity: Size = Field(
         256, description="Slice of the pool on which proxy and target are compared."
@@ -267,7 +267,7 @@ class ProbeSection(Section):
     """Token positions at which layer inputs and output gradients are recorded."""
 
     tokens: int | Literal["rank"] = Field(
-        2048,
+        3072,
         description="Token positions N; 'rank' is the paper's rule: the largest rank rounded up to "
         "128, between 512 and 2048.",
     )
@@ -696,6 +696,11 @@ class EncoderSection(Section):
     )
     instruction: str = Field(
         "Find examples that teach this: ", description="Put before a query's text."
+    )
+    lengths: bool = Field(
+        True,
+        description="Teach it, beside the text, what the lengths of prompt and response say: "
+        "gradients depend on them, and a mean over tokens does not show them.",
     )
     queries: int = Field(8, ge=1, description="Queries of a training block.")
     candidates: int = Field(16, ge=2, description="Candidates of a training block.")
