@@ -210,6 +210,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
 
     def train(asked: list[float], folder: Path | None) -> tuple[Encoder, Any]:
         encoder = Encoder(Bag(1 + TOPICS * WORDS_PER_TOPIC, 16), tokenizer(), 99)
+        encoder.add_lengths()
         answers = iter(asked)
 
         def validate() -> float:
@@ -226,6 +227,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
     assert [one.name for one in tmp_path.iterdir()] == ["step-00000002"]
     resumed, again = train(values[3:], tmp_path)
     assert torch.equal(resumed.model.words.weight, whole.model.words.weight)
+    assert torch.equal(resumed.lengths.bias, whole.lengths.bias)
     assert again.chosen == log.chosen == (2 if select_by == "validation" else 3)
     assert again.tokens == log.tokens
     pd.testing.assert_frame_equal(again.log, log.log)

@@ -111,7 +111,7 @@ class Encoder:
 
     @property
     def lengths(self) -> nn.Linear | None:
-        """Lengths of prompt and response -> what is added to a mean; None when they do not count."""
+        """Lengths of prompt and response -> what is added to a mean; None: they do not count."""
         module: nn.Linear | None = getattr(self.model, "text_lengths", None)
         return module
 
