@@ -11,6 +11,7 @@ from bench.problem import Answer, Problem, Scoring
 from iprox.engine.loss import Batch
 from iprox.engine.scoring import Scorer
 from iprox.models.device import pick_device
+from iprox.stages.features import home_of
 from iprox.stages.passes import Reader
 
 
@@ -24,6 +25,7 @@ def prepare(
         problem.gradients,
         query_rank=query_rank,
         query_dtype=query_dtype,
+        home=home_of(pick_device()),
     )
     batches = batched(problem)
 

@@ -9,7 +9,7 @@ size of a weight outlives the layer's turn (TracIn at one checkpoint, arXiv:2002
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +108,8 @@ class Scorer:
             in :attr:`Scores.unusable`, instead of raising.
         norms: Another norm than the Euclidean one: called with a layer's name, inputs, output
             gradients and rows of each example, gives the squared norms (examples,) of its part.
+        home: Holds whole query gradients by layer; memory when absent. Each is written once, and
+            read when its layer is reached, one layer after the other.
 
     Attributes:
         truncation: Share of each query gradient's norm that ``query_rank`` and ``query_dtype``
@@ -128,12 +130,14 @@ class Scorer:
         query_dtype: torch.dtype | None = None,
         skip_nonfinite: bool = False,
         norms: LayerNorms | None = None,
+        home: MutableMapping[str, Tensor] | None = None,
     ) -> None:
         self.model, self.layers, self.reduction = model, layers, reduction
         self.norms = norms
         self.skip_nonfinite, self.query_rank = skip_nonfinite, query_rank
         self.costs = costs_of(next(iter(layers.values())).weight)
-        self.queries: dict[str, Tensor | LowRankQueries] = {}
+        self.whole: MutableMapping[str, Tensor] = {} if home is None else home
+        self.thin: dict[str, LowRankQueries] = {}
         lost, total = torch.zeros(2, 1, dtype=torch.float64)
         for name, matrices in _fitted(layers, queries):  # one layer's in full at a time
             self.n_queries = len(matrices)
@@ -141,12 +145,12 @@ class Scorer:
             if query_rank and len(matrices) and min(matrices.shape[1:]) > query_rank:
                 thin, missing = truncate_queries(matrices, query_rank)
                 dtype = layers[name].weight.dtype
-                self.queries[name] = thin._replace(
+                self.thin[name] = thin._replace(
                     left=thin.left.to(dtype), right=thin.right.to(dtype)
                 )
             else:
                 rounded = matrices.to(query_dtype or matrices.dtype)
-                self.queries[name] = rounded
+                self.whole[name] = rounded
                 missing = (matrices - rounded).double().square().sum((1, 2))
             lost = lost + missing.cpu()
         self.truncation = (lost / total.clamp(min=1e-300)).sqrt().expand(self.n_queries)
@@ -191,18 +195,16 @@ class Scorer:
         self, name: str, x: Tensor, d: Tensor, rows: list[int], grams: _Grams
     ) -> tuple[Tensor, Tensor]:
         """Inner products (examples, queries) and squared norms (examples,) of one layer."""
-        queries = self.queries[name]
+        thin = self.thin.get(name)
         if self.norms is not None:
             squares = self.norms(name, x, d, rows)
-            if isinstance(queries, LowRankQueries):
-                return low_rank_dot(d, x, queries, rows), squares
-            return fixed_dot(d, x, queries, rows), squares
-        if isinstance(queries, LowRankQueries):
-            return low_rank_dot(d, x, queries, rows), self._norms(x, d, rows, grams)
-        kernel = self._choice(max(rows), x.shape[1], d.shape[1]).kernel
-        if kernel == "ghost":
-            return fixed_dot(d, x, queries, rows), self._norms(x, d, rows, grams)
-        return materialised_products(d, x, queries, rows)
+        elif thin is None and self._choice(max(rows), x.shape[1], d.shape[1]).kernel != "ghost":
+            return materialised_products(d, x, self.whole[name], rows)
+        else:
+            squares = self._norms(x, d, rows, grams)
+        if thin is not None:
+            return low_rank_dot(d, x, thin, rows), squares
+        return fixed_dot(d, x, self.whole[name], rows), squares
 
     def _norms(self, x: Tensor, d: Tensor, rows: list[int], grams: _Grams) -> Tensor:
         """Squared norms (examples,) by ghost products, or from long examples' gradients."""
@@ -257,7 +259,7 @@ class Scorer:
         rows: dict[tuple[int, int, bool], dict[str, int | str]] = {}
         for name, layer in self.layers.items():
             out, features = layer.weight.shape
-            thin = isinstance(self.queries[name], LowRankQueries)
+            thin = name in self.thin
             limit = ghost_limit(features, out, 0 if thin else self.n_queries, self.costs)
             reason = choose_kernel(limit, features, out, 0 if thin else self.n_queries, self.costs)
             row = rows.setdefault(

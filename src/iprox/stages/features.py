@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from torch import Tensor
 
 from iprox.engine.scoring import LayerNorms, Scorer
 from iprox.models.device import dtype_of
@@ -32,6 +33,7 @@ from iprox.stages.sketches import left_out, make_sketches
 from iprox.stages.texts import Texts, pool_ids, pool_texts, split_ids
 from iprox.store.arrays import create_store, put
 from iprox.store.job import Job, Metrics
+from iprox.store.mapped import MappedTensors
 from iprox.store.tables import read_arrow
 from iprox.study.schema import ChatSection, InfluenceSection, PrefilterSection
 
@@ -212,6 +214,7 @@ def score_texts(
                 query_dtype=dtype_of(influence.query_dtype),
                 skip_nonfinite=influence.on_nonfinite == "skip",
                 norms=norms,
+                home=home_of(reader.device),
             )
             _fill(scored, scorer, reader, texts, scorable, block, progress)
             scored.kernels = scorer.kernels()
@@ -227,6 +230,11 @@ def score_texts(
             ", ..." if len(scored.skipped) > 5 else "",
         )
     return scored
+
+
+def home_of(device: torch.device) -> MutableMapping[str, Tensor] | None:
+    """Where query gradients are held: a GPU's memory; on a CPU a file, not the process's own."""
+    return None if device.type == "cuda" else MappedTensors()
 
 
 def _fill(

@@ -494,7 +494,7 @@ class InfluenceSection(Section):
     query_dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="Precision in which query gradients are held while examples are scored: "
-        "bfloat16 takes half the memory; what rounding loses is stored beside the scores.",
+        "bfloat16 takes half the room; what rounding loses is stored beside the scores.",
     )
     checkpoints: Literal["last", "epochs"] = Field(
         "last",
