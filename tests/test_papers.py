@@ -37,6 +37,7 @@ def studied(**changes: Any) -> Any:
         "study": "s",
         "pool": {"path": "cot.jsonl"},
         "tasks": ["mmlu", "bbh"],
+        "split": {"probe": 64},
         "runs": {
             "full": {"proxy": {"kind": "target"}},
             "iprox": {"proxy": {"sparsity": [0.5, 0.7]}},

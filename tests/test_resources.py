@@ -78,15 +78,16 @@ def test_an_attempt_asks_for_a_multiple() -> None:
 def test_larger_models_and_longer_texts_ask_for_more(
     stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    trained = {"proxy": {"passes": "both"}}
     larger(monkeypatch)
-    small = of(stage, plan())
+    small = of(stage, plan(**trained))
     larger(monkeypatch, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
-    large = of(stage, plan())
+    large = of(stage, plan(**trained))
     assert large.mem_mb > small.mem_mb
     assert large.gpu_mem_mb > 10 * small.gpu_mem_mb
     assert large.runtime >= small.runtime
     if stage != "query":  # whose texts are the task's
-        longer = of(stage, plan(chat={"max_length": 32768}))
+        longer = of(stage, plan(**trained, chat={"max_length": 32768}))
         assert longer.gpu_mem_mb > large.gpu_mem_mb
 
 
