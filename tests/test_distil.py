@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from iprox.errors import NumericsError
-from iprox.models.encoder import Encoder, Inputs
+from iprox.models.encoder import Encoder
 from iprox.numerics.distillation import aggregated
 from iprox.study.schema import EncoderSection
 from iprox.training import checkpoints
@@ -67,8 +67,8 @@ class Toy:
         return (0.3 * q @ self.affinity @ c.T).astype(np.float32)
 
 
-def ids(texts: list[tuple[list[int], np.ndarray]]) -> Inputs:
-    return Inputs([one for one, _ in texts], torch.zeros(len(texts), 2))
+def ids(texts: list[tuple[list[int], np.ndarray]]) -> list[list[int]]:
+    return [one for one, _ in texts]
 
 
 def agreement(encoder: Encoder, toy: Toy) -> float:
@@ -92,31 +92,6 @@ def test_a_bag_of_words_learns_topics() -> None:
     before = Encoder(Bag(1 + TOPICS * WORDS_PER_TOPIC, 16), tokenizer(), 99)
     assert agreement(before, toy) < 0.3
     assert agreement(taught(toy, toy.labels(toy.train))[0], toy) > 0.8
-
-
-def test_lengths_are_learnt_where_they_say_everything() -> None:
-    """Labels that depend on the response's length alone, which no word tells."""
-    toy = Toy()
-    draw = np.random.default_rng(0)
-    train, held = (
-        Inputs(ids(texts).ids, torch.from_numpy(draw.normal(size=(len(texts), 2))).float())
-        for texts in (toy.train, toy.held)
-    )
-    labels, expected = (
-        np.repeat(np.tanh(part.lengths[None, :, 1].numpy()), len(toy.queries), 0).astype(np.float32)
-        for part in (train, held)
-    )
-    found = []
-    for lengths in (False, True):
-        encoder = Encoder(Bag(1 + TOPICS * WORDS_PER_TOPIC, 16), tokenizer(), 99)
-        if lengths:
-            encoder.add_lengths()
-        distil(encoder, Lesson(ids(toy.queries), train, labels), lambda: 0.0, SETTINGS)
-        with torch.no_grad():
-            scores = encoder.embed(ids(toy.queries)) @ encoder.embed(held).mT
-        found.append(aggregated(scores.double().numpy(), expected))
-    assert abs(found[0]) < 0.3
-    assert found[1] > 0.9
 
 
 def test_shuffled_labels_teach_nothing() -> None:
@@ -210,7 +185,6 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
 
     def train(asked: list[float], folder: Path | None) -> tuple[Encoder, Any]:
         encoder = Encoder(Bag(1 + TOPICS * WORDS_PER_TOPIC, 16), tokenizer(), 99)
-        encoder.add_lengths()
         answers = iter(asked)
 
         def validate() -> float:
@@ -227,7 +201,6 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
     assert [one.name for one in tmp_path.iterdir()] == ["step-00000002"]
     resumed, again = train(values[3:], tmp_path)
     assert torch.equal(resumed.model.words.weight, whole.model.words.weight)
-    assert torch.equal(resumed.lengths.bias, whole.lengths.bias)
     assert again.chosen == log.chosen == (2 if select_by == "validation" else 3)
     assert again.tokens == log.tokens
     pd.testing.assert_frame_equal(again.log, log.log)

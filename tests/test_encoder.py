@@ -10,10 +10,9 @@ import pytest
 import torch
 from artifacts import exact_reader, job, random_examples, write_pool, write_split, write_task
 from conftest import save_tiny_encoder
-from safetensors.torch import load_file
 
 from iprox.errors import ArtifactError, DataError, ModelError, NumericsError
-from iprox.models.encoder import Text, load_encoder, mean_pool, packaged_encoder
+from iprox.models.encoder import load_encoder, mean_pool, packaged_encoder
 from iprox.stages import (
     backbone,
     embeddings,
@@ -23,7 +22,7 @@ from iprox.stages import (
     query_sketches,
     ranking,
 )
-from iprox.stages.encoding import as_text, attributes, check_cut, embed_texts, example_texts
+from iprox.stages.encoding import check_cut, embed_texts, example_texts
 from iprox.stages.query_rows import mean_rows, read_rows, write_rows
 from iprox.store.arrays import open_store
 from iprox.store.tables import read_table
@@ -83,7 +82,7 @@ def test_labels_are_cosines_of_gradients(parents: dict[str, Path], tmp_path: Pat
     np.testing.assert_allclose(found.labels, rows @ candidates.T, atol=1e-5)
     assert found.candidates.ids == TAUGHT
     assert found.tasks == ["t"] * 5 + ["u"] * 5
-    assert found.queries.texts[0] == Text("find: one 0?\n\ngreen 0 cat", 8, 11)
+    assert found.queries.texts[0] == "find: one 0?\n\ngreen 0 cat"
     assert np.abs(found.labels).max() <= 1 + 1e-6
 
 
@@ -184,7 +183,7 @@ def test_more_positions_than_the_encoder_has_are_refused(tmp_path: Path) -> None
 
 def test_what_is_cut_is_the_beginning_and_counted(tmp_path: Path) -> None:
     short = load_encoder(save_tiny_encoder(tmp_path / "encoder"), max_length=8)
-    found = short.inputs([Text("abcdefghijkl"), Text("ijkl")])
+    found = short.inputs(["abcdefghijkl", "ijkl"])
     assert found.n_cut == 1
     assert short.tokenizer.decode(found.ids[0]) == "efghijkl"
     assert short.tokenizer.decode(found.ids[1]) == "ijkl"
@@ -207,70 +206,9 @@ def test_pooling_is_the_mean_over_tokens_at_unit_length() -> None:
         torch.testing.assert_close(mean_pool(states, mask)[row], mean / mean.norm())
 
 
-def with_lengths(folder: Path) -> Path:
-    """An encoder that has learnt something of lengths, saved."""
-    made = load_encoder(save_tiny_encoder(folder / "published"))
-    made.add_lengths()
-    torch.manual_seed(0)
-    for parameter in made.lengths.parameters():
-        torch.nn.init.normal_(parameter)
-    made.save(folder / "encoder")
-    return folder / "encoder"
-
-
-def test_lengths_that_nothing_was_learnt_of_change_nothing(tmp_path: Path) -> None:
-    plain = load_encoder(save_tiny_encoder(tmp_path / "encoder"))
-    texts = [Text("one two", 3, 9), Text("three", 70, 1)]
-    before = embed_texts(plain, texts).rows
-    plain.add_lengths()
-    np.testing.assert_allclose(embed_texts(plain, texts).rows, before, atol=1e-7)
-
-
-def test_lengths_are_added_to_the_mean(tmp_path: Path) -> None:
-    folder = with_lengths(tmp_path)
-    encoder = load_encoder(folder)
-    texts = [Text("one two", 3, 9), Text("one two", 70, 1)]
-    found = torch.from_numpy(embed_texts(encoder, texts).rows)
-    mean = torch.from_numpy(embed_texts(load_encoder(tmp_path / "published"), texts).rows)[0]
-    for row, text in zip(found, texts, strict=True):
-        logs = torch.tensor([1.0 + text.prompt, 1.0 + text.response]).log() - 5
-        moved = mean + encoder.lengths.weight @ logs + encoder.lengths.bias
-        torch.testing.assert_close(row, moved / moved.norm(), atol=1e-6, rtol=1e-5)
-
-
-def test_what_was_learnt_of_lengths_is_saved_beside_a_plain_model(tmp_path: Path) -> None:
-    folder = with_lengths(tmp_path)
-    again = load_encoder(folder)
-    again.save(tmp_path / "again")
-    for path in sorted(folder.iterdir()):
-        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
-    plain = tmp_path / "published" / "model.safetensors"
-    assert load_file(folder / "model.safetensors").keys() == load_file(plain).keys()
-    (folder / "lengths.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"learnt of lengths(.|\n)*lengths.safetensors"):
-        load_encoder(folder)
-
-
-def test_lengths_are_of_prompt_and_response_without_the_instruction(tmp_path: Path) -> None:
-    turns = [
-        {"role": "system", "content": "abc"},
-        {"role": "user", "content": "defg"},
-        {"role": "assistant", "content": "hi"},
-    ]
-    assert as_text(turns, "find: ") == Text("find: abc\n\ndefg\n\nhi", 3 + 4 + 4, 2)
-
-
-def test_shards_of_encoders_that_differ_in_lengths_are_not_compared(tmp_path: Path) -> None:
-    folder = with_lengths(tmp_path)
-    with_it = attributes(load_encoder(folder), folder)
-    published = tmp_path / "published"
-    assert with_it != attributes(load_encoder(published), published)
-
-
-@pytest.mark.parametrize("lengths", [False, True])
-def test_embeddings_do_not_depend_on_the_batch_or_the_shards(tmp_path: Path, lengths: bool) -> None:
+def test_embeddings_do_not_depend_on_the_batch_or_the_shards(tmp_path: Path) -> None:
     pool = write_pool(tmp_path / "pool", EXAMPLES)
-    folder = with_lengths(tmp_path) if lengths else save_tiny_encoder(tmp_path / "encoder")
+    folder = save_tiny_encoder(tmp_path / "encoder")
     short = load_encoder(folder, max_length=64)
     texts = example_texts(pool, sorted(EXAMPLES)).texts
     alone = np.concatenate([embed_texts(short, [text]).rows for text in texts])
@@ -304,8 +242,7 @@ def test_a_ranking_is_by_mean_cosine_to_the_queries(tmp_path: Path, val_agg: str
     ranking.make(job("ranking", tmp_path / "out", parents, **stage))
     short = load_encoder(folder, max_length=64)
     examples = embed_texts(short, example_texts(pool, sorted(EXAMPLES)).texts).rows
-    texts = [Text(f"find: {p}\n\n{c}", len(p) + 2, len(c)) for _, p, c in queries]
-    asked = embed_texts(short, texts).rows
+    asked = embed_texts(short, [f"find: {p}\n\n{c}" for _, p, c in queries]).rows
     cosines = examples @ asked.T
     expected = cosines.mean(1)
     if val_agg == "subtask_max":

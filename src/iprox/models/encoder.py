@@ -2,8 +2,7 @@
 
 The default lies in a pinned package of the package index and needs no connection. A text longer
 than the encoder takes loses its beginning, so that what answers and closes it survives, and is
-counted. A mean over tokens does not show how many there were, and gradients depend on it: a taught
-encoder may add to the mean what it has learnt of the lengths of prompt and response.
+counted.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from iprox.errors import ModelError, did_you_mean
 from iprox.models.gguf import Part, check_pinned, locate
@@ -26,11 +24,6 @@ ENCODER_FILE = "encoder.json"
 """Beside a saved encoder: how texts become its inputs."""
 
 WEIGHTS = "model.safetensors"
-LENGTHS = "lengths.safetensors"
-"""What an encoder adds for the lengths of a text, in a file of its own: the model's is plain."""
-
-USUAL_LENGTH = 5.0
-"""Logarithm of a usual number of characters, from which lengths are counted."""
 
 
 @dataclass(frozen=True)
@@ -69,24 +62,11 @@ PACKAGED_ENCODERS = {
 """Encoders that a study names without a connection: sentence-transformers/all-MiniLM-L6-v2."""
 
 
-class Text(NamedTuple):
-    """A text, and the parts of it whose lengths matter, in characters."""
-
-    content: str
-    prompt: int = 0
-    response: int = 0
-
-
 class Inputs(NamedTuple):
     """Texts as an encoder takes them."""
 
     ids: list[list[int]]
-    lengths: Tensor  # (texts, 2) float32, of prompt and response: logarithms about USUAL_LENGTH
-    n_cut: int = 0  # texts that lost their beginning
-
-    def take(self, places: Sequence[int]) -> Inputs:
-        """Some of them, in the order given."""
-        return Inputs([self.ids[i] for i in places], self.lengths[list(places)])
+    n_cut: int  # texts that lost their beginning
 
 
 @dataclass
@@ -94,8 +74,7 @@ class Encoder:
     """A model whose mean-pooled last hidden states, at unit length, stand for texts.
 
     Attributes:
-        model: A ``PreTrainedModel`` that returns ``last_hidden_state``; with a module
-            ``text_lengths`` when lengths count, which trains with it.
+        model: A ``PreTrainedModel`` that returns ``last_hidden_state``.
         tokenizer: Its tokenizer.
         max_length: Tokens of a text that it sees, those it adds itself included.
     """
@@ -110,44 +89,30 @@ class Encoder:
         return int(self.model.config.hidden_size)
 
     @property
-    def lengths(self) -> nn.Linear | None:
-        """Lengths of prompt and response -> what is added to a mean; None: they do not count."""
-        module: nn.Linear | None = getattr(self.model, "text_lengths", None)
-        return module
-
-    def add_lengths(self) -> None:
-        """Let lengths count: at first they change nothing."""
-        module = nn.Linear(2, self.dim, device=self.device)
-        nn.init.zeros_(module.weight)
-        nn.init.zeros_(module.bias)
-        self.model.text_lengths = module
-
-    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return torch.device(self.model.device)
 
-    def inputs(self, texts: Sequence[Text]) -> Inputs:
-        """Token ids of texts, and their lengths; one that is too long loses its beginning."""
-        counts = torch.tensor([[t.prompt, t.response] for t in texts], dtype=torch.float32)
-        lengths = counts.reshape(-1, 2).log1p() - USUAL_LENGTH
+    def inputs(self, texts: Sequence[str]) -> Inputs:
+        """Token ids of texts; one that is too long loses its beginning."""
         if not texts:
-            return Inputs([], lengths)
-        contents = [text.content for text in texts]
-        ids = self.tokenizer(contents, truncation=False, verbose=False)["input_ids"]
+            return Inputs([], 0)
+        ids = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
         long = [i for i, one in enumerate(ids) if len(one) > self.max_length]
         for i in long:
-            cut = self.tokenizer(contents[i], truncation=True, max_length=self.max_length)
+            cut = self.tokenizer(texts[i], truncation=True, max_length=self.max_length)
             ids[i] = cut["input_ids"]
-        return Inputs(ids, lengths, len(long))
+        return Inputs(ids, len(long))
 
-    def embed(self, texts: Inputs) -> Tensor:
+    def embed(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """Embeddings of one batch of texts, with their graph when gradients are on.
+
+        Args:
+            ids: Token ids of each text.
 
         Returns:
             (texts, dim) at unit length.
         """
-        ids = texts.ids
         width = max(map(len, ids))
         tokens = torch.full((len(ids), width), self._pad_id, device=self.device)
         mask = torch.zeros(len(ids), width, dtype=torch.long, device=self.device)
@@ -155,27 +120,18 @@ class Encoder:
             tokens[row, : len(one)] = torch.tensor(one, device=self.device)
             mask[row, : len(one)] = 1
         states = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
-        means = mean_pool(states, mask)
-        if self.lengths is None:
-            return means
-        return nn.functional.normalize(means + self.lengths(texts.lengths.to(means)), dim=-1)
+        return mean_pool(states, mask)
 
     @property
     def _pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id or 0)
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face folder; ``encoder.json`` and what lengths add beside the weights."""
+        """Write a Hugging Face folder, with ``encoder.json`` beside the weights."""
         self.model.config._name_or_path = self.tokenizer.name_or_path = ""
-        own = {
-            k: v for k, v in self.model.state_dict().items() if not k.startswith("text_lengths.")
-        }
-        self.model.save_pretrained(folder, state_dict=own)
+        self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        if self.lengths is not None:
-            save_file(self.lengths.state_dict(), folder / LENGTHS)
         about = {"max_length": self.max_length, "pooling": "mean", "truncation_side": "left"}
-        about |= {"lengths": self.lengths is not None}
         text = json.dumps(about, indent=1, sort_keys=True) + "\n"
         (folder / ENCODER_FILE).write_text(text, encoding="utf-8")
 
@@ -250,36 +206,7 @@ def load_encoder(
         ) from None
     tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
     length = _length(model, Path(source), max_length)
-    encoder = Encoder(model.to(device).eval(), tokenizer, length)
-    if _saved(Path(source)).get("lengths"):
-        _load_lengths(encoder, Path(source) / LENGTHS)
-    return encoder
-
-
-def _saved(folder: Path) -> dict[str, Any]:
-    """What was saved with an encoder beside its weights; nothing for one from elsewhere."""
-    path = folder / ENCODER_FILE
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-
-def _load_lengths(encoder: Encoder, path: Path) -> None:
-    """Read what lengths add.
-
-    Raises:
-        ModelError: The file is missing, or is not this encoder's.
-    """
-    encoder.add_lengths()
-    assert encoder.lengths is not None
-    try:
-        encoder.lengths.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ModelError(
-            "what an encoder has learnt of lengths cannot be read",
-            where=path,
-            value=str(error),
-            fix="copy the whole folder of the encoder, or teach it again",
-        ) from None
-    encoder.lengths.requires_grad_(False)
+    return Encoder(model.to(device).eval(), tokenizer, length)
 
 
 def _length(model: Any, folder: Path, asked: int | None) -> int:
@@ -289,8 +216,11 @@ def _length(model: Any, folder: Path, asked: int | None) -> int:
         ModelError: It has not as many positions.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
+    saved = folder / ENCODER_FILE
+    if asked is None and saved.is_file():
+        asked = int(json.loads(saved.read_text(encoding="utf-8"))["max_length"])
     if asked is None:
-        asked = int(_saved(folder).get("max_length", positions or 512))
+        asked = int(positions or 512)
     if positions is not None and asked > positions:
         raise ModelError(
             "an encoder has fewer positions than texts may have tokens",

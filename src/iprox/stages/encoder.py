@@ -102,8 +102,6 @@ def make(job: Job) -> Metrics:
     parts = divide(taught, heldout, section)
     _check_lengths(encoder, parts, section.max_cut)
     untrained = quality(encoder, parts, "untrained")
-    if section.lengths and encoder.lengths is None:
-        encoder.add_lengths()
     lesson, validate = _lesson(encoder, parts["train"]), _validator(encoder, parts)
     done = distil(encoder, lesson, validate, section, job.progress)
     trained = quality(encoder, parts, "trained")
@@ -272,7 +270,9 @@ def _validator(encoder: Encoder, parts: dict[str, Labelled]) -> Callable[[], flo
 
 
 def _lesson(encoder: Encoder, part: Labelled) -> Lesson:
-    queries, candidates = (encoder.inputs(texts.texts) for texts in (part.queries, part.candidates))
+    queries, candidates = (
+        encoder.inputs(texts.texts).ids for texts in (part.queries, part.candidates)
+    )
     return Lesson(queries, candidates, part.labels)
 
 
@@ -304,7 +304,7 @@ def _queries(
 _FIELDS = ("ids", "texts", "hashes", "subtasks")
 
 
-def _chained(lists: Sequence[list[Any]]) -> list[Any]:
+def _chained(lists: Sequence[list[str]]) -> list[str]:
     return [one for part in lists for one in part]
 
 

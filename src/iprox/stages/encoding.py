@@ -17,7 +17,7 @@ from iprox.data.batches import token_batches
 from iprox.data.pools import text_hash
 from iprox.engine.scoring import batch_tokens
 from iprox.errors import ArtifactError, DataError
-from iprox.models.encoder import LENGTHS, Encoder, Text
+from iprox.models.encoder import Encoder
 from iprox.models.load import weight_files
 from iprox.stages.feature_store import EMBEDDING
 from iprox.store.manifest import digest_file
@@ -32,24 +32,21 @@ class EncoderTexts:
 
     Attributes:
         ids: Ids of the examples or queries.
-        texts: What the encoder reads, and how long its parts are.
+        texts: What the encoder reads.
         hashes: Digests of the texts, normalised, by which equal ones are found.
         subtasks: Subtask of each query; empty for pool examples.
     """
 
     ids: list[str]
-    texts: list[Text]
+    texts: list[str]
     hashes: list[str]
     subtasks: list[str]
 
     def take(self, places: Sequence[int]) -> EncoderTexts:
         """Some of them, in the order given."""
-        return EncoderTexts(
-            [self.ids[i] for i in places],
-            [self.texts[i] for i in places],
-            [self.hashes[i] for i in places],
-            [self.subtasks[i] for i in places] if self.subtasks else [],
-        )
+        subtasks = [self.subtasks[i] for i in places] if self.subtasks else []
+        ids, texts, hashes = ([x[i] for i in places] for x in (self.ids, self.texts, self.hashes))
+        return EncoderTexts(ids, texts, hashes, subtasks)
 
 
 class Embedded(NamedTuple):
@@ -74,7 +71,7 @@ def example_texts(pool: Path, ids: Sequence[str]) -> EncoderTexts:
         missing = wanted.filter(places.is_null())
         raise ArtifactError("examples are not in the pool", where=path, value=missing[0].as_py())
     rows = table["messages"].take(places).to_pylist()
-    return EncoderTexts(list(ids), [as_text(row) for row in rows], [text_hash(r) for r in rows], [])
+    return EncoderTexts(list(ids), [joined(row) for row in rows], [text_hash(r) for r in rows], [])
 
 
 def query_texts(task: Path, instruction: str) -> EncoderTexts:
@@ -82,27 +79,25 @@ def query_texts(task: Path, instruction: str) -> EncoderTexts:
     rows = read_arrow(task / "queries.parquet").to_pylist()
     return EncoderTexts(
         [row["example_id"] for row in rows],
-        [as_text(row["messages"], instruction) for row in rows],
+        [instruction + joined(row["messages"]) for row in rows],
         [text_hash(row["messages"]) for row in rows],
         [row["subtask"] for row in rows],
     )
 
 
-def as_text(messages: Sequence[Mapping[str, str]], instruction: str = "") -> Text:
-    """The turns of a conversation as one text, and what of it is prompt and response."""
-    content = "\n\n".join(turn["content"] for turn in messages)
-    response = sum(len(turn["content"]) for turn in messages if turn["role"] == "assistant")
-    return Text(instruction + content, len(content) - response, response)
+def joined(messages: Sequence[Mapping[str, str]]) -> str:
+    """The turns of a conversation as one text."""
+    return "\n\n".join(turn["content"] for turn in messages)
 
 
-def embed_texts(encoder: Encoder, texts: Sequence[Text]) -> Embedded:
+def embed_texts(encoder: Encoder, texts: Sequence[str]) -> Embedded:
     """Embeddings in the order of the texts; batches hold texts of similar length."""
-    inputs = encoder.inputs(texts)
+    ids, n_cut = encoder.inputs(texts)
     rows = np.zeros((len(texts), encoder.dim), dtype=np.float32)
     with torch.no_grad():
-        for places in batches(encoder, inputs.ids):
-            rows[places] = encoder.embed(inputs.take(places)).float().cpu().numpy()
-    return Embedded(rows, np.array([len(one) for one in inputs.ids], dtype=int), inputs.n_cut)
+        for places in batches(encoder, ids):
+            rows[places] = encoder.embed([ids[i] for i in places]).float().cpu().numpy()
+    return Embedded(rows, np.array([len(one) for one in ids], dtype=int), n_cut)
 
 
 def batches(encoder: Encoder, ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
@@ -137,7 +132,6 @@ def check_cut(n_cut: int, n_texts: int, max_cut: float, what: str) -> None:
 
 def attributes(encoder: Encoder, folder: Path) -> dict[str, Any]:
     """Settings that embeddings must agree in to be compared: root attributes of a shard."""
-    files = weight_files(folder) + [f for f in [folder / LENGTHS] if encoder.lengths is not None]
-    weights = [digest_file(path) for path in files]
+    weights = [digest_file(path) for path in weight_files(folder)]
     about = {"kind": EMBEDDING, "dim": encoder.dim, "max_length": encoder.max_length}
     return {**about, "weights": weights}

@@ -697,11 +697,6 @@ class EncoderSection(Section):
     instruction: str = Field(
         "Find examples that teach this: ", description="Put before a query's text."
     )
-    lengths: bool = Field(
-        True,
-        description="Teach it, beside the text, what the lengths of prompt and response say: "
-        "gradients depend on them, and a mean over tokens does not show them.",
-    )
     queries: int = Field(8, ge=1, description="Queries of a training block.")
     candidates: int = Field(16, ge=2, description="Candidates of a training block.")
     hard_ratio: float = Field(

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from iprox.errors import NumericsError
 from iprox.models.device import make_deterministic
-from iprox.models.encoder import Encoder, Inputs
+from iprox.models.encoder import Encoder
 from iprox.numerics.distillation import distillation_loss, draw_block
 from iprox.progress import Track, track
 from iprox.training.checkpoints import (
@@ -66,13 +66,13 @@ class Lesson:
     """What is to be learnt.
 
     Attributes:
-        queries: The queries, as the encoder takes them.
-        candidates: The candidates.
+        queries: Token ids of the queries.
+        candidates: Token ids of the candidates.
         labels: The teacher's scores, (queries, candidates) float32.
     """
 
-    queries: Inputs
-    candidates: Inputs
+    queries: Sequence[list[int]]
+    candidates: Sequence[list[int]]
     labels: np.ndarray
 
 
@@ -169,15 +169,15 @@ class _Course:
         self.encoder.model.train()
         lesson, settings = self.lesson, self.settings
         for queries, candidates in blocks(lesson.labels, settings, self.steps, self.generator):
-            asked = lesson.queries.take(queries.tolist())
-            found = lesson.candidates.take(candidates.tolist())
+            asked = [lesson.queries[i] for i in queries]
+            found = [lesson.candidates[i] for i in candidates]
             labels = torch.from_numpy(lesson.labels[np.ix_(queries, candidates)])
             labels = labels.to(self.encoder.device)
             *losses, norm = _step(self.encoder, asked, found, labels, self.optimizer, settings)
             lr = float(self.schedule.get_last_lr()[0])
             self.schedule.step()
             self.rows.append([len(self.rows) + 1, self.epoch + 1, *losses, lr, norm])
-            seen = sum(map(len, asked.ids + found.ids))
+            seen = sum(map(len, asked + found))
             self.tokens += seen
             progress.advance(1, tokens=seen, note=f"loss {losses[0]:.3f}")
         self.encoder.model.eval()
@@ -252,8 +252,8 @@ def passes(n: int, size: int, steps: int, generator: np.random.Generator) -> Ite
 
 def _step(
     encoder: Encoder,
-    queries: Inputs,
-    candidates: Inputs,
+    queries: Sequence[list[int]],
+    candidates: Sequence[list[int]],
     labels: Tensor,
     optimizer: torch.optim.Optimizer,
     settings: EncoderSection,
