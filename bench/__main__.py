@@ -78,7 +78,7 @@ def run_part(part: str, args: argparse.Namespace) -> list[Row]:
         return worker(args, sys.executable, "scores", "bfloat16")
     if part == "memory":
         whole, rounded = report.DTYPES
-        cases = [("target", n, how) for how in (whole, rounded, "cut") for n in ("1", "3")]
+        cases = [("target", n, how) for how in (whole, rounded, "cut", "disk") for n in ("1", "3")]
         cases.append(("svd-0.5", "1", whole))
         rows = [worker(args, sys.executable, "memory", *case) for case in cases]
         return [row for some in rows for row in some] + peers(args, "peer_memory", "memory")

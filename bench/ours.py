@@ -11,12 +11,15 @@ from bench.problem import Answer, Problem, Scoring
 from iprox.engine.loss import Batch
 from iprox.engine.scoring import Scorer
 from iprox.models.device import pick_device
-from iprox.stages.features import home_of
 from iprox.stages.passes import Reader
+from iprox.store.mapped import MappedTensors
 
 
 def prepare(
-    problem: Problem, query_rank: int = 0, query_dtype: torch.dtype = torch.float32
+    problem: Problem,
+    query_rank: int = 0,
+    query_dtype: torch.dtype = torch.float32,
+    on_disk: bool = False,
 ) -> Scoring:
     """Scores of the pool in the stages' batches; exact unless queries are cut or rounded."""
     scorer = Scorer(
@@ -25,7 +28,7 @@ def prepare(
         problem.gradients,
         query_rank=query_rank,
         query_dtype=query_dtype,
-        home=home_of(pick_device()),
+        home=MappedTensors() if on_disk else None,
     )
     batches = batched(problem)
 

@@ -201,17 +201,18 @@ def memory(setting: Setting, model: str, n_queries: int, how: str) -> list[Row]:
         setting: What the run was asked for.
         model: Which model.
         n_queries: Query gradients.
-        how: Precision of the query gradients, or ``cut`` to a low rank.
+        how: Precision of the query gradients, ``cut`` to a low rank, or in a file on ``disk``.
     """
     rank = QUERY_RANK if how == "cut" else 0
-    dtype = dtype_of("float32" if how == "cut" else how)
+    dtype = dtype_of("float32" if how in ("cut", "disk") else how)
 
     def prepare(problem: Problem, scratch: Path) -> Scoring:
         # a layer at a time, as the stage reads them from its store
         stored = replace(problem, gradients=RandomGradients(problem.layers, n_queries))
-        return ours.prepare(stored, rank, dtype)
+        return ours.prepare(stored, rank, dtype, on_disk=how == "disk")
 
-    case = {"float32": "ours", "cut": CUT}.get(how, f"ours, queries in {how}")
+    names = {"float32": "ours", "cut": CUT, "disk": "ours, queries on disk"}
+    case = names.get(how, f"ours, queries in {how}")
     return [_memory(setting, model, n_queries, case, prepare, takes_gradients=False)]
 
 

@@ -60,14 +60,18 @@ def make_query(tmp_path: Path, val_agg: str = "mean_raw", name: str = "t") -> Pa
 
 
 def make_features(
-    tmp_path: Path, parents: dict[str, Path], shards: Sequence[tuple[int, int]] = ((0, 7),)
+    tmp_path: Path,
+    parents: dict[str, Path],
+    shards: Sequence[tuple[int, int]] = ((0, 7),),
+    **influence: Any,
 ) -> Features:
     """Features in shards of these rows, gathered."""
     folder = tmp_path / f"features{len(list(tmp_path.iterdir()))}"
     folder.mkdir()
     for number, rows in enumerate(shards):
         out = folder / "out"
-        features.make(job("features", out, parents, rows, subset={"name": "all"}))
+        stage = {"subset": {"name": "all"}, "influence": influence}
+        features.make(job("features", out, parents, rows, **stage))
         (out / "shard.zarr").rename(folder / f"shard-{number:05d}.zarr")
         out.rmdir()
     return read_features(folder)
@@ -231,6 +235,17 @@ def test_columns_in_several_passes_give_the_same(
     blocks = make_features(tmp_path, parents)
     np.testing.assert_allclose(blocks.dots, whole.dots, rtol=1e-10, atol=1e-14)
     np.testing.assert_allclose(blocks.norms, whole.norms, rtol=1e-10)
+
+
+def test_queries_on_disk_give_the_same_bits_in_one_pass(
+    tmp_path: Path, reader: Reader, pool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents = {"pool": pool, "query/t": make_query(tmp_path, "subtask_max")}
+    whole = make_features(tmp_path, parents)
+    monkeypatch.setattr(features, "free_bytes", lambda _: 1)
+    from_disk = make_features(tmp_path, parents, query_home="disk")
+    np.testing.assert_array_equal(from_disk.dots, whole.dots)
+    np.testing.assert_array_equal(from_disk.norms, whole.norms)
 
 
 def test_an_example_without_a_response_is_marked_and_scores_lowest(

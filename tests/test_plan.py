@@ -102,6 +102,10 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"influence": {"query_dtype": "bfloat16"}},
         ["features", "ranking", "fidelity", *AFTER_RANKING],
     ),
+    "influence.query_home": (
+        {"influence": {"query_home": "disk"}},
+        ["features", "ranking", "fidelity", *AFTER_RANKING],
+    ),
     "influence.on_nonfinite": (
         {"influence": {"on_nonfinite": "skip"}},
         ["features", "ranking", "fidelity", *AFTER_RANKING],

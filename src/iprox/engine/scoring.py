@@ -108,8 +108,8 @@ class Scorer:
             in :attr:`Scores.unusable`, instead of raising.
         norms: Another norm than the Euclidean one: called with a layer's name, inputs, output
             gradients and rows of each example, gives the squared norms (examples,) of its part.
-        home: Holds whole query gradients by layer; memory when absent. Each is written once, and
-            read when its layer is reached, one layer after the other.
+        home: Holds whole query gradients by layer; the model's device when absent. Each is
+            written once, and read when its layer is reached, one layer after the other.
 
     Attributes:
         truncation: Share of each query gradient's norm that ``query_rank`` and ``query_dtype``
@@ -199,12 +199,12 @@ class Scorer:
         if self.norms is not None:
             squares = self.norms(name, x, d, rows)
         elif thin is None and self._choice(max(rows), x.shape[1], d.shape[1]).kernel != "ghost":
-            return materialised_products(d, x, self.whole[name], rows)
+            return materialised_products(d, x, self.whole[name].to(d.device), rows)
         else:
             squares = self._norms(x, d, rows, grams)
         if thin is not None:
             return low_rank_dot(d, x, thin, rows), squares
-        return fixed_dot(d, x, self.whole[name], rows), squares
+        return fixed_dot(d, x, self.whole[name].to(d.device), rows), squares
 
     def _norms(self, x: Tensor, d: Tensor, rows: list[int], grams: _Grams) -> Tensor:
         """Squared norms (examples,) by ghost products, or from long examples' gradients."""

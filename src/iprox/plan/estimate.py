@@ -534,9 +534,13 @@ class Estimator:
             texts = texts._replace(n=_share(kept, texts.n))
         n_queries = sum(map(self.volumes.groups, _queries_of(node)))
         element = BYTES[node.params["compute"]["dtype"]]
-        reduction = {"query_rank": 0, "query_dtype": "float32"} | node.params["influence"]
+        usual = {"query_rank": 0, "query_dtype": "float32", "query_home": "memory"}
+        reduction = usual | node.params["influence"]
         rank, held = reduction["query_rank"], BYTES[reduction["query_dtype"]]
-        matrices = float(held * n_queries * net.query_entries(rank))
+        entries = net.query_entries(rank)
+        if reduction["query_home"] == "disk" and not rank:  # a layer at a time
+            entries = max((one.weights for one in net.linears if one.scored), default=0)
+        matrices = float(held * n_queries * entries)
         half = "curvature" in node.parents
         if half:
             fitted = node.parents["curvature"].parents["covariance"].params["curvature"]

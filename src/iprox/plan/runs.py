@@ -443,6 +443,7 @@ class RunPlanner:
         influence = self.config.influence.model_dump(include={"loss_reduction", "on_nonfinite"})
         if not sketch:
             influence |= EXACT if exact else self._reduction()
+            influence |= self.config.influence.model_dump(include={"query_home"})
         if prefilter is not None:
             parents["prefilter"] = prefilter
         half = self._half(model, bool(sketch))

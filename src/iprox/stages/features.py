@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch import Tensor
 
 from iprox.engine.scoring import LayerNorms, Scorer
 from iprox.models.device import dtype_of
@@ -214,7 +213,7 @@ def score_texts(
                 query_dtype=dtype_of(influence.query_dtype),
                 skip_nonfinite=influence.on_nonfinite == "skip",
                 norms=norms,
-                home=home_of(reader.device),
+                home=MappedTensors() if influence.query_home == "disk" else None,
             )
             _fill(scored, scorer, reader, texts, scorable, block, progress)
             scored.kernels = scorer.kernels()
@@ -230,11 +229,6 @@ def score_texts(
             ", ..." if len(scored.skipped) > 5 else "",
         )
     return scored
-
-
-def home_of(device: torch.device) -> MutableMapping[str, Tensor] | None:
-    """Where query gradients are held: a GPU's memory; on a CPU a file, not the process's own."""
-    return None if device.type == "cuda" else MappedTensors()
 
 
 def _fill(
@@ -272,7 +266,9 @@ def _fill(
 
 
 def _column_blocks(reader: Reader, n_columns: int, influence: InfluenceSection) -> Iterator[range]:
-    """Columns in blocks whose query gradients fit in half of the free memory."""
+    """Columns in blocks whose query gradients fit in half of the free memory; all from a file."""
+    if influence.query_home == "disk":
+        return iter([range(n_columns)])
     column_bytes, rank = 0, influence.query_rank
     for layer in reader.layers.values():
         out, features = layer.weight.shape

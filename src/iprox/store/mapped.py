@@ -1,9 +1,9 @@
 """Tensors that a process holds outside its memory, in a file without a name.
 
 A scoring pass reads the query gradients of all layers for every batch, one layer after the other.
-Held in memory they outweigh everything else that the pass needs; mapped from a file they lie in
-the system's page cache, which yields to whoever needs the room, and only the layer that is being
-read counts as this process's own.
+In memory they may outweigh everything else that the pass needs; mapped from a file they lie in the
+system's page cache, which yields to whoever needs the room, and only the layer that is being read
+counts as this process's own.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class MappedTensors(MutableMapping[str, Tensor]):
                 "there is no room for query gradients outside memory",
                 where=tempfile.gettempdir(),
                 value=str(error),
-                fix="point TMPDIR to a disk with more room, or cut queries (influence.query_rank)",
+                fix="point TMPDIR to a disk with more room, or set influence.query_home: memory",
             ) from None
 
     def __getitem__(self, name: str) -> Tensor:

@@ -496,6 +496,12 @@ class InfluenceSection(Section):
         description="Precision in which query gradients are held while examples are scored: "
         "bfloat16 takes half the room; what rounding loses is stored beside the scores.",
     )
+    query_home: Literal["memory", "disk"] = Field(
+        "memory",
+        description="Where whole query gradients are while examples are scored: in memory, or in "
+        "a temporary file of which one layer at a time is read, which takes next to no memory, "
+        "however many tasks there are, and more time. Scores are the same bits.",
+    )
     checkpoints: Literal["last", "epochs"] = Field(
         "last",
         description="Measure influence at the end of the warm-up, or at the end of each of its "
