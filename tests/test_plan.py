@@ -280,7 +280,12 @@ def test_a_proxy_reads_the_align_examples_when_anything_is_trained(
 
 
 def test_reduced_queries_reach_the_pass_and_are_compared_with_the_target_s_exact_ones() -> None:
-    reduced = {"on_nonfinite": "skip", "query_dtype": "bfloat16", "query_rank": 8}
+    reduced = {
+        "on_nonfinite": "skip",
+        "query_dtype": "bfloat16",
+        "query_home": "disk",
+        "query_rank": 8,
+    }
     p = plan(runs={"t": {"proxy": {"kind": "target"}}}, influence=reduced)
     nodes = p.runs["t"].nodes
     assert nodes["features"].params["influence"] == reduced | {"loss_reduction": "token_mean"}
